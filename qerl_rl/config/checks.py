@@ -1,0 +1,155 @@
+"""What must hold between keys, whatever the model and the data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.schema import Config
+
+Locate = Callable[[str], str]
+Fault = tuple[str, str, str] | None
+"""The key at fault, the problem, the fix."""
+
+CHOICES = {
+    "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
+    "train.device": ("auto", "cpu", "cuda", "npu"),
+    "train.dtype": ("float32", "bfloat16"),
+    "train.token_dispatcher": ("alltoall", "allgather"),
+    "train.recompute": ("none", "full", "selective"),
+    "rollout.dtype": ("float32", "bfloat16"),
+    "quant.format": ("w8a8", "none"),
+    "algorithm.name": ("grpo",),
+    "algorithm.loss_aggregation": ("token_mean", "sequence_mean"),
+    "algorithm.kl_estimator": ("k1", "k2", "k3"),
+    "track.console": ("auto", "lines", "quiet"),
+}
+
+AT_LEAST = {
+    1: """run.steps cluster.workers cluster.threads_per_worker model.max_length train.tensor_parallel
+    train.pipeline_parallel train.expert_parallel train.expert_tensor_parallel train.micro_batch_tokens
+    rollout.tensor_parallel rollout.data_parallel rollout.max_sequences rollout.max_batched_tokens
+    rollout.kv_cache_bytes
+    rollout.max_prompt_tokens rollout.max_response_tokens lora.rank algorithm.prompts_per_step
+    algorithm.prompts_per_mini_batch algorithm.epochs_per_step reward.workers dock.capacity_bytes checkpoint.keep
+    eval.prompts track.samples_per_step""",
+    2: "algorithm.samples_per_prompt noise.stages",
+    0: """cluster.cpus_per_worker train.learning_rate train.warmup_steps train.weight_decay train.max_grad_norm
+    rollout.top_k noise.sigma_start noise.sigma_end algorithm.clip_low algorithm.clip_high algorithm.kl_coefficient
+    algorithm.entropy_coefficient data.limit checkpoint.every eval.every profiler.step""",
+}
+
+POSITIVE = """lora.alpha rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
+fault.rollout_timeout_s fault.train_timeout_s train.adam_eps"""
+
+
+def check_config(config: Config, locate: Locate) -> None:
+    """Raise ConfigError for the first value, or pair of values, that can't work."""
+    for check in (
+        _check_values,
+        _check_train_layout,
+        _check_rollout_layout,
+        _check_batches,
+        _check_lengths,
+        _check_paths,
+    ):
+        fault = check(config)
+        if fault:
+            key, problem, fix = fault
+            raise ConfigError(problem, fix=fix, where=locate(key))
+
+
+def _get(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _check_values(config: Config) -> Fault:
+    for key, allowed in CHOICES.items():
+        if _get(config, key) not in allowed:
+            return key, f"{key}={_get(config, key)} is unknown.", f"set {key} to {' or '.join(allowed)}"
+    for least, keys in AT_LEAST.items():
+        for key in keys.split():
+            if _get(config, key) < least:
+                return key, f"{key}={_get(config, key)} is too small.", f"set {key} to {least} or more"
+    for key in POSITIVE.split():
+        if _get(config, key) <= 0:
+            return key, f"{key}={_get(config, key)} is not positive.", f"set {key} above 0"
+    if not 0 < config.rollout.top_p <= 1:
+        key = "rollout.top_p"
+        return key, f"{key}={config.rollout.top_p} is no probability.", f"set {key} above 0 and up to 1"
+    return None
+
+
+def _check_train_layout(config: Config) -> Fault:
+    workers, train = config.cluster.workers, config.train
+    tensor, pipeline, expert = train.tensor_parallel, train.pipeline_parallel, train.expert_parallel
+    if workers % (tensor * pipeline):
+        key = "train.tensor_parallel" if tensor > 1 else "train.pipeline_parallel"
+        problem = f"train.tensor_parallel={tensor} x train.pipeline_parallel={pipeline} does not divide"
+        return key, f"{problem} cluster.workers={workers}.", f"set cluster.workers to a multiple of {tensor * pipeline}"
+    if train.expert_tensor_parallel not in (1, tensor):
+        key = "train.expert_tensor_parallel"
+        problem = f"{key}={train.expert_tensor_parallel} is neither 1 nor train.tensor_parallel={tensor}."
+        return key, problem, f"set {key} to {' or '.join(str(size) for size in sorted({1, tensor}))}"
+    ranks_per_stage = workers // pipeline
+    if ranks_per_stage % (expert * train.expert_tensor_parallel):
+        key = "train.expert_parallel"
+        problem = f"{key}={expert} x train.expert_tensor_parallel={train.expert_tensor_parallel} does not divide"
+        fix = f"set {key} to a divisor of {ranks_per_stage // train.expert_tensor_parallel}"
+        return key, f"{problem} the {ranks_per_stage} ranks of a pipeline stage.", fix
+    if tensor > 1 and not train.sequence_parallel:
+        key = "train.sequence_parallel"
+        problem = f"train.tensor_parallel={tensor} without sequence parallelism: Megatron trains no MoE that way."
+        return key, problem, f"set {key} to true"
+    return None
+
+
+def _check_rollout_layout(config: Config) -> Fault:
+    workers, rollout = config.cluster.workers, config.rollout
+    if rollout.tensor_parallel * rollout.data_parallel == workers:
+        return None
+    key = "rollout.data_parallel"
+    problem = f"rollout.tensor_parallel={rollout.tensor_parallel} x {key}={rollout.data_parallel} is not"
+    if workers % rollout.tensor_parallel:
+        return key, f"{problem} cluster.workers={workers}.", f"set rollout.tensor_parallel to a divisor of {workers}"
+    return key, f"{problem} cluster.workers={workers}.", f"set {key} to {workers // rollout.tensor_parallel}"
+
+
+def _check_batches(config: Config) -> Fault:
+    algorithm = config.algorithm
+    key = "algorithm.prompts_per_mini_batch"
+    if algorithm.prompts_per_step % algorithm.prompts_per_mini_batch:
+        problem = f"{key}={algorithm.prompts_per_mini_batch} does not divide"
+        fix = f"set {key} to a divisor of {algorithm.prompts_per_step}"
+        return key, f"{problem} algorithm.prompts_per_step={algorithm.prompts_per_step}.", fix
+    if config.samples_per_mini_batch % config.train_data_parallel:
+        problem = f"{config.samples_per_mini_batch} samples a mini-batch ({key} x algorithm.samples_per_prompt) do not"
+        fix = f"set {key} to a multiple of {config.train_data_parallel}"
+        return key, f"{problem} divide over {config.train_data_parallel} data-parallel ranks.", fix
+    if not (config.lora.attention or config.lora.experts):
+        problem = "lora.attention and lora.experts are both false: nothing would train."
+        return "lora.attention", problem, "set one of them to true"
+    return None
+
+
+def _check_lengths(config: Config) -> Fault:
+    rollout, key = config.rollout, "model.max_length"
+    needed = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if needed <= config.model.max_length:
+        return None
+    sizes = f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} + max_response_tokens={rollout.max_response_tokens}"
+    return key, f"{sizes} exceed {key}={config.model.max_length}.", f"set {key} to {needed} or more"
+
+
+def _check_paths(config: Config) -> Fault:
+    if not config.model.path:
+        fix = "set model.path to a model folder (python -m qerl_rl make-model writes one)"
+        return "model.path", "model.path is empty.", fix
+    if not config.data.train_path:
+        return "data.train_path", "data.train_path is empty.", "set data.train_path to a .jsonl file, or to arithmetic"
+    if not re.fullmatch(r"[\w.\-]+", config.run.name):
+        return "run.name", f"run.name={config.run.name!r} can't name files.", "use letters, digits, _ . - in run.name"
+    return None

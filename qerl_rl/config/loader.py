@@ -1,0 +1,151 @@
+"""Reads a launch file and command-line overrides into a `Config`, strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.schema import Config
+
+
+class KeyLocations:
+    """Says where a key was set: `file.yaml:12`, `command line`, or the file alone for a default."""
+
+    def __init__(self, path: Path, overrides: Sequence[str]) -> None:
+        self._path = path
+        self._lines: dict[str, int] = {}
+        self._overridden = {override.partition("=")[0] for override in overrides}
+        root = yaml.compose(path.read_text(encoding="utf-8"))
+        if root is not None:
+            self._walk(root, "")
+
+    def _walk(self, node: yaml.Node, prefix: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            self._lines[name] = key.start_mark.line + 1
+            self._walk(value, f"{name}.")
+
+    def __call__(self, key: str) -> str:
+        if key in self._overridden:
+            return "command line"
+        return f"{self._path}:{self._lines[key]}" if key in self._lines else str(self._path)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedConfig:
+    """A configuration and where each of its keys was set."""
+
+    config: Config
+    locate: KeyLocations
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read the YAML file at `path`, put `key=value` overrides on top, and check every key and type.
+
+    Raises: ConfigError for a missing or unreadable file, an unknown key (with the nearest known one) or a value of the
+    wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no launch file {path}.", fix="give --config an existing YAML file, such as one in configs/"
+        )
+    try:
+        locate = KeyLocations(path, overrides)
+        from_file = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} is not readable YAML: {_one_line(error)}.", fix="correct the YAML", where=str(path)
+        ) from None
+    if not isinstance(from_file, DictConfig):
+        raise ConfigError(
+            f"{path} holds no sections.", fix="write sections such as `model:` with keys below them", where=str(path)
+        )
+    for override in overrides:
+        if "=" not in override or override.startswith(("=", "-")):
+            raise ConfigError(f"'{override}' is not an override.", fix="write section.key=value", where="command line")
+    from_line = OmegaConf.from_dotlist(list(overrides))
+    try:
+        values = OmegaConf.to_container(OmegaConf.merge(from_file, from_line), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{_one_line(error)}.", fix="correct the interpolation", where=str(path)) from None
+    config = _build(Config, cast("dict[str, Any]", values), "", locate)
+    return LoadedConfig(config, locate)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, every key with its value."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The `Config` whose `dataclasses.asdict` is `values` (how a configuration travels to other processes)."""
+    return Config(**{f.name: _section_type(f.name)(**values[f.name]) for f in dataclasses.fields(Config)})
+
+
+def _section_type(name: str) -> Any:
+    return get_type_hints(Config)[name]
+
+
+def _build(kind: Any, values: dict[str, Any], prefix: str, locate: KeyLocations) -> Any:
+    """An instance of the dataclass `kind` from a plain dictionary, key by key."""
+    hints = get_type_hints(kind)
+    known: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            raise _unknown_key(name, str(key), prefix, list(hints), locate)
+        known[key] = _value(hints[key], value, name, locate)
+    return kind(**known)
+
+
+def _value(hint: Any, value: Any, name: str, locate: KeyLocations) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if value is None:
+            value = {}
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name}={value!r} is no section.", fix=f"write keys below {name}:", where=locate(name))
+        return _build(hint, value, f"{name}.", locate)
+    if hint is str and value is None:
+        return ""
+    if hint == dict[str, str]:
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"{name}={value!r} is not a mapping.", fix=f"write KEY: value lines below {name}:", where=locate(name)
+            )
+        return {str(key): str(item) for key, item in value.items()}
+    # OmegaConf's own nodes convert and check plain values ("1e-3" is a float, "yes" is no bool).
+    try:
+        holder = OmegaConf.structured(dataclasses.make_dataclass("Holder", [("value", hint)]))
+        holder.value = value
+        return holder.value
+    except OmegaConfBaseException:
+        kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}[hint.__name__]
+        raise ConfigError(f"{name}={value!r} is not {kind}.", fix=f"set {name} to {kind}", where=locate(name)) from None
+
+
+def _unknown_key(name: str, key: str, prefix: str, known: list[str], locate: KeyLocations) -> ConfigError:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    sections = [section.name for section in dataclasses.fields(Config)]
+    elsewhere = [f"{section}.{key}" for section in sections if key in get_type_hints(_section_type(section))]
+    if nearest:
+        fix = f"write {prefix}{nearest[0]}"
+    elif elsewhere:
+        fix = f"write {' or '.join(elsewhere)}"
+    else:
+        fix = f"use one of {', '.join(prefix + item for item in known)}"
+    return ConfigError(f"unknown key {name}.", fix=fix, where=locate(name))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,285 @@
+"""Every key of a launch file, with its type, unit and default.
+
+A launch file is these dataclasses written as YAML. `loader.load_config` builds a `Config` from it; nothing mutates it
+afterwards. Sizes that follow from several keys are properties, with the unit in their name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: where it writes, how long it goes, what makes it repeatable."""
+
+    name: str = "qerl_rl"
+    output_dir: str = "outputs/run"
+    seed: int = 1
+    steps: int = 10
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """The Ray cluster and the worker processes on it."""
+
+    address: str = ""
+    """Ray address to join; empty starts Ray on this machine."""
+    workers: int = 2
+    """Processes that train and roll out; one a card."""
+    cpus_per_worker: int = 1
+    threads_per_worker: int = 1
+    """OMP_NUM_THREADS of a worker; more than its cores makes both engines erratic."""
+    placement: str = "PACK"
+    """Ray placement strategy of the workers: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of every worker process."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = ""
+    """Folder with the HF config, the tokenizer and the (quantized) safetensors."""
+    max_length: int = 512
+    """Tokens of prompt and response together."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The Megatron engine. Parallel sizes multiply as in Megatron: workers = tensor x pipeline x data."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or npu."""
+    dtype: str = "float32"
+    """float32 or bfloat16: the type of activations and of weights that are not quantized."""
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
+    sequence_parallel: bool = True
+    """Splits activations along the sequence where tensor_parallel > 1 (Megatron demands it for MoE)."""
+    token_dispatcher: str = "alltoall"
+    """alltoall or allgather."""
+    recompute: str = "none"
+    """none, full (every layer again in backward) or selective (attention and experts)."""
+    micro_batch_tokens: int = 2048
+    """Tokens packed into one micro-batch of a rank (a single longer sample still makes one)."""
+    learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    """Optimizer updates over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The vLLM engine. workers = tensor_parallel x data_parallel."""
+
+    tensor_parallel: int = 1
+    data_parallel: int = 2
+    expert_parallel: bool = True
+    """Experts are split over all ranks of tensor_parallel x data_parallel; otherwise over tensor_parallel only."""
+    dtype: str = "bfloat16"
+    max_sequences: int = 128
+    """Sequences decoded at once by one engine."""
+    max_batched_tokens: int = 4096
+    kv_cache_bytes: int = 67108864
+    """KV cache of one rank, in bytes."""
+    prefix_caching: bool = True
+    enforce_eager: bool = True
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps every token."""
+    max_prompt_tokens: int = 128
+    max_response_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class SwapConfig:
+    """What leaves memory when the other engine has the card."""
+
+    offload_parameters: bool = True
+    offload_gradients: bool = True
+    offload_optimizer: bool = True
+    release_kv_cache: bool = True
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How the base weights are stored; the checkpoint must agree."""
+
+    format: str = "w8a8"
+    """w8a8 (int8 per channel, dynamic int8 activations per token) or none."""
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Adaptive quantization noise on the engine's RMSNorm weights (QeRL, arXiv 2510.11696)."""
+
+    enabled: bool = False
+    sigma_start: float = 1e-2
+    sigma_end: float = 1e-4
+    stages: int = 10
+    """Equal parts of run.steps; the first has no noise, then sigma decays exponentially to sigma_end."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapters: the only weights that train over a quantized base."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    attention: bool = True
+    experts: bool = True
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """GRPO: group advantages, clipped ratio, KL to the reference (the base without adapters)."""
+
+    name: str = "grpo"
+    prompts_per_step: int = 16
+    samples_per_prompt: int = 8
+    prompts_per_mini_batch: int = 16
+    """Prompts in one optimizer update."""
+    epochs_per_step: int = 1
+    """Times each step's samples are trained on."""
+    normalize_std: bool = True
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    loss_aggregation: str = "token_mean"
+    """token_mean or sequence_mean."""
+    kl_coefficient: float = 0.0
+    kl_estimator: str = "k3"
+    """k1, k2 or k3."""
+    entropy_coefficient: float = 0.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train_path: str = ""
+    """A .jsonl or .json file, one object a line; or `arithmetic` for generated sums."""
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    chat_template: bool = False
+    """Wrap the prompt as a user message in the tokenizer's chat template."""
+    system_prompt: str = ""
+    instruction: str = ""
+    """Text appended to every prompt."""
+    answer_after: str = ""
+    """Keep of the answer field only what follows this mark, as `####` in GSM8K; empty keeps all of it."""
+    shuffle: bool = True
+    limit: int = 0
+    """Use only the first lines; 0 uses all."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    function: str = "exact"
+    """exact (the text equals the answer), math (math-verify finds the answer equal) or a dotted path to a function."""
+    workers: int = 1
+    timeout_s: float = 10.0
+    """Seconds one sample may take to score; past them it scores 0."""
+
+
+@dataclass(frozen=True)
+class DockConfig:
+    capacity_bytes: int = 1073741824
+    timeout_s: float = 120.0
+    """Seconds a put or a get may wait before it fails and says what it waited for."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 0
+    """Steps between checkpoints; 0 writes one at the end only."""
+    keep: int = 2
+    """Newest checkpoints that stay on disk."""
+    export: bool = True
+    """At the end, write the merged model in HF format and the adapter in PEFT format."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 0
+    """Steps between evaluations (greedy answers to held-out prompts); 0 evaluates never."""
+    path: str = ""
+    """Like data.train_path; empty takes lines that training does not use."""
+    prompts: int = 64
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    tensorboard: bool = True
+    plot: bool = True
+    samples: bool = True
+    """Write samples.jsonl: prompts, responses, rewards."""
+    samples_per_step: int = 8
+    console: str = "auto"
+    """auto (live display on a terminal, lines otherwise), lines or quiet."""
+
+
+@dataclass(frozen=True)
+class ProfilerConfig:
+    """torch.profiler around one step's update on rank 0; a Chrome trace in run.output_dir/profile."""
+
+    step: int = 0
+    """The step to record, counted from 1; 0 records none."""
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """Deadlines, in seconds: what passes one ends the run with an error that says what it waited for."""
+
+    start_timeout_s: float = 300.0
+    rollout_timeout_s: float = 1800.0
+    train_timeout_s: float = 1800.0
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    swap: SwapConfig = field(default_factory=SwapConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    dock: DockConfig = field(default_factory=DockConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
+    fault: FaultConfig = field(default_factory=FaultConfig)
+
+    @property
+    def train_data_parallel(self) -> int:
+        """Data-parallel ranks of the trainer."""
+        return self.cluster.workers // (self.train.tensor_parallel * self.train.pipeline_parallel)
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.algorithm.prompts_per_step * self.algorithm.samples_per_prompt
+
+    @property
+    def samples_per_mini_batch(self) -> int:
+        return self.algorithm.prompts_per_mini_batch * self.algorithm.samples_per_prompt
+
+    @property
+    def mini_batches_per_step(self) -> int:
+        """Optimizer updates in one step."""
+        return self.algorithm.epochs_per_step * self.algorithm.prompts_per_step // self.algorithm.prompts_per_mini_batch
+
+    @property
+    def samples_per_rank_and_mini_batch(self) -> int:
+        """Samples one data-parallel rank of the trainer packs into the micro-batches of an update."""
+        return self.samples_per_mini_batch // self.train_data_parallel

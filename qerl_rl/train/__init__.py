@@ -1,0 +1,1 @@
+"""The Megatron training engine: packing, scores, updates, offload, checkpoints, export."""

@@ -1,0 +1,123 @@
+"""Micro-batches: which samples go together, and how they lie one after another in a packed (thd) sequence."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from qerl_rl.train.samples import Samples
+
+
+def partition(lengths: Sequence[int], micro_batch_tokens: int, at_least: int = 1) -> list[list[int]]:
+    """Split samples into micro-batches of about equal size, of at most `micro_batch_tokens` tokens each.
+
+    A sample longer than that makes a micro-batch of its own. Longest first into the emptiest micro-batch (Graham 1969),
+    with as few micro-batches as that allows, but `at_least` many where there are as many samples.
+
+    Args: lengths: tokens of each sample. at_least: the least number of micro-batches.
+    Returns: sample indices by micro-batch, each ascending; the largest micro-batch first. Empty for no samples.
+    Raises: ValueError when micro_batch_tokens is below 1.
+    """
+    if micro_batch_tokens < 1:
+        raise ValueError(f"micro_batch_tokens is {micro_batch_tokens}, it must be at least 1")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    count = min(len(lengths), max(at_least, -(-sum(lengths) // micro_batch_tokens)))
+    while True:
+        batches = _longest_first(lengths, order, count)
+        sizes = [sum(lengths[index] for index in batch) for batch in batches]
+        if all(size <= micro_batch_tokens or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True)):
+            by_size = sorted(range(count), key=lambda batch: (-sizes[batch], batches[batch]))
+            return [sorted(batches[batch]) for batch in by_size]
+        count += 1
+
+
+def _longest_first(lengths: Sequence[int], order: Sequence[int], count: int) -> list[list[int]]:
+    batches: list[list[int]] = [[] for _ in range(count)]
+    emptiest = [(0, batch) for batch in range(count)]
+    for index in order:
+        size, batch = heapq.heappop(emptiest)
+        batches[batch].append(index)
+        heapq.heappush(emptiest, (size + lengths[index], batch))
+    return batches
+
+
+def partition_alike(
+    lengths: Sequence[int], micro_batch_tokens: int, largest: Callable[[int], int]
+) -> list[list[int]]:
+    """`partition`, with the same number of micro-batches on all data-parallel ranks.
+
+    Expert-parallel collectives cross data-parallel ranks, so every rank must run as many micro-batches as the others; a rank
+    with too few samples gets empty ones at the end.
+
+    Args: largest: an integer of this rank -> the largest over all data-parallel ranks (a collective).
+    """
+    count = 1
+    while True:
+        batches = partition(lengths, micro_batch_tokens, at_least=count)
+        agreed = largest(len(batches))
+        if agreed <= count:
+            return batches + [[] for _ in range(count - len(batches))]
+        count = agreed
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Samples of one micro-batch, one after another. T: packed tokens, N: response tokens of all its samples.
+
+    tokens, position_ids: int64 [1, T]. cumulative_lengths: int32 [sequences + 1] (a trailing sequence is padding).
+    positions: int64 [N], where the logits lie that predict the response tokens. targets: int64 [N], those tokens.
+    columns: name -> float32 [N]. response_lengths: int64 [samples]; positions, targets and columns follow the samples.
+    """
+
+    indices: list[int]
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    cumulative_lengths: torch.Tensor
+    longest: int
+    positions: torch.Tensor
+    targets: torch.Tensor
+    columns: dict[str, torch.Tensor]
+    response_lengths: torch.Tensor
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.indices
+
+
+def make_pack(samples: Samples, indices: Sequence[int], multiple_of: int, device: torch.device) -> Pack:
+    """Lay the samples at `indices` one after another, padded to a multiple of `multiple_of` tokens.
+
+    Sequence parallelism splits the packed sequence over the tensor-parallel ranks, hence the multiple. The padding is a
+    sequence of its own, which no sample attends to. No indices make a pack of padding alone, without targets.
+    """
+    chosen = samples.select(indices)
+    lengths = np.asarray(chosen.lengths, dtype=np.int64)
+    total = max(int(lengths.sum()), 1)
+    padding = -total % multiple_of + (total - int(lengths.sum()))
+    sequences = np.append(lengths, padding) if padding else lengths
+    tokens = np.concatenate([*chosen.tokens, np.zeros(padding, dtype=np.int64)])
+    ends = np.cumsum(sequences)
+    starts = ends - sequences
+    responses = np.asarray(chosen.response_lengths, dtype=np.int64)
+    # Global position of each response token: its sample's end minus what is left of the response.
+    counted = np.arange(responses.sum()) - np.repeat(np.cumsum(responses) - responses, responses)
+    response_positions = np.repeat(ends[: len(lengths)] - responses, responses) + counted
+    columns = {
+        name: torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *values]).astype(np.float32)).to(device)
+        for name, values in chosen.columns.items()
+    }
+    return Pack(
+        indices=[int(index) for index in indices],
+        tokens=torch.from_numpy(tokens.astype(np.int64))[None].to(device),
+        position_ids=torch.from_numpy(np.arange(len(tokens)) - np.repeat(starts, sequences))[None].to(device),
+        cumulative_lengths=torch.from_numpy(np.append(0, ends).astype(np.int32)).to(device),
+        longest=int(sequences.max()),
+        positions=torch.from_numpy(response_positions - 1).to(device),
+        targets=torch.from_numpy(tokens[response_positions].astype(np.int64)).to(device),
+        columns=columns,
+        response_lengths=torch.from_numpy(responses).to(device),
+    )

@@ -1,0 +1,120 @@
+"""A launch file is read strictly; every mistake is answered with the key, the fix and the line."""
+
+import dataclasses
+
+import pytest
+
+from qerl_rl.config.checks import check_config
+from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.loader import from_dict, load_config, to_yaml
+from qerl_rl.config.schema import Config
+
+VALID = """
+run: {steps: 3, output_dir: outputs/x}
+model:
+  path: some/model
+data:
+  train_path: arithmetic
+"""
+
+
+def write(folder, text):
+    path = folder / "launch.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_file_overrides_and_defaults_merge(tmp_path):
+    loaded = load_config(write(tmp_path, VALID), ["run.steps=5", "train.learning_rate=1e-3", "lora.experts=false"])
+    assert loaded.config.run.steps == 5
+    assert loaded.config.train.learning_rate == 1e-3
+    assert loaded.config.lora.experts is False
+    assert loaded.config.rollout == Config().rollout
+
+
+def test_interpolation_resolves(tmp_path):
+    path = write(tmp_path, VALID + "checkpoint: {every: '${run.steps}'}\n")
+    assert load_config(path).config.checkpoint.every == 3
+
+
+def test_config_survives_the_trip_to_another_process(tmp_path):
+    config = load_config(write(tmp_path, VALID + "cluster: {environment: {A: 1}}\n")).config
+    assert from_dict(dataclasses.asdict(config)) == config
+    assert load_config(write(tmp_path, to_yaml(config))).config == config
+
+
+@pytest.mark.parametrize(
+    ("extra", "overrides", "problem", "fix", "where"),
+    [
+        ("train:\n  tensor_paralel: 2\n", [], "unknown key train.tensor_paralel", "train.tensor_parallel", ":8"),
+        ("trian: {}\n", [], "unknown key trian", "write train", ":7"),
+        ("run2: {}\n", [], "unknown key run2", "run", ":7"),
+        ("", ["rollout.learning_rate=1"], "unknown key rollout.learning_rate", "train.learning_rate", "command line"),
+        ("train: {learning_rate: fast}\n", [], "train.learning_rate='fast' is not a number", "number", ":7"),
+        ("", ["run.steps=1.5"], "run.steps=1.5 is not a whole number", "whole number", "command line"),
+        ("", ["noise=3"], "noise=3 is no section", "below noise", "command line"),
+        ("", ["steps"], "'steps' is not an override", "section.key=value", "command line"),
+        ("train: {learning_rate: '${no.such}'}\n", [], "no.such", "interpolation", "launch.yaml"),
+        ("a: [\n", [], "not readable YAML", "correct", "launch.yaml"),
+    ],
+)
+def test_wrong_input_is_answered_with_a_fix(tmp_path, extra, overrides, problem, fix, where):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, VALID + extra), overrides)
+    error = caught.value
+    assert problem in error.problem
+    assert fix in error.fix
+    assert error.where.endswith(where)
+    assert "\n" not in str(error)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no launch file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem", "fix"),
+    [
+        (["train.tensor_parallel=3"], "does not divide cluster.workers=2", "multiple of 3"),
+        (["train.expert_parallel=4"], "train.expert_parallel=4", "divisor of 2"),
+        (
+            ["train.tensor_parallel=2", "train.sequence_parallel=false"],
+            "without sequence parallelism",
+            "train.sequence_parallel",
+        ),
+        (["train.expert_tensor_parallel=2"], "is neither 1 nor", "set train.expert_tensor_parallel to 1"),
+        (["rollout.tensor_parallel=2"], "is not cluster.workers=2", "rollout.data_parallel to 1"),
+        (["algorithm.prompts_per_mini_batch=3"], "does not divide algorithm.prompts_per_step=16", "divisor of 16"),
+        (
+            ["algorithm.prompts_per_step=1", "algorithm.prompts_per_mini_batch=1", "algorithm.samples_per_prompt=3"],
+            "do not divide over 2 data-parallel ranks",
+            "multiple of 2",
+        ),
+        (["model.max_length=100"], "exceed model.max_length=100", "256"),
+        (["algorithm.samples_per_prompt=1"], "algorithm.samples_per_prompt=1 is too small", "2 or more"),
+        (["train.dtype=float64"], "train.dtype=float64 is unknown", "float32 or bfloat16"),
+        (["rollout.temperature=0"], "rollout.temperature=0.0 is not positive", "above 0"),
+        (["lora.attention=false", "lora.experts=false"], "nothing would train", "true"),
+        (["model.path="], "model.path is empty", "make-model"),
+    ],
+)
+def test_keys_that_do_not_fit_each_other(tmp_path, overrides, problem, fix):
+    loaded = load_config(write(tmp_path, VALID), overrides)
+    with pytest.raises(ConfigError) as caught:
+        check_config(loaded.config, loaded.locate)
+    assert problem in caught.value.problem
+    assert fix in caught.value.fix
+    assert caught.value.where
+
+
+def test_derived_sizes_follow_the_keys(tmp_path):
+    overrides = ["cluster.workers=8", "train.tensor_parallel=2", "train.pipeline_parallel=2", "rollout.data_parallel=8"]
+    loaded = load_config(
+        write(tmp_path, VALID), [*overrides, "algorithm.prompts_per_mini_batch=8", "algorithm.epochs_per_step=2"]
+    )
+    check_config(loaded.config, loaded.locate)
+    assert loaded.config.train_data_parallel == 2
+    assert loaded.config.samples_per_step == 128
+    assert loaded.config.mini_batches_per_step == 4
+    assert loaded.config.samples_per_rank_and_mini_batch == 32
