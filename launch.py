@@ -1,0 +1,51 @@
+"""Start a run: `python launch.py --config configs/NAME.yaml [section.key=value ...] [--dry-run]`.
+
+Reads the launch file and the overrides, starts or joins Ray, runs the trainer. Exit codes: 0 done, 1 a run that failed,
+2 wrong input (nothing was started), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.loader import load_config
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="launch.py", description="Reinforcement-learn a quantized MoE model.")
+    parser.add_argument("--config", required=True, metavar="YAML", help="a launch file, such as configs/quickstart_cpu.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print it, start nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to set on top of the file")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        from trainer.preflight import describe, preflight
+
+        plan = preflight(load_config(options.config, options.overrides))
+    except ConfigError as error:
+        print(f"config error: {error}", file=sys.stderr)
+        return 2
+    if options.dry_run:
+        print(describe(plan))
+        return 0
+    from trainer.run import run
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    return run(plan)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """A terminated run ends as an interrupted one does: every process is stopped."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

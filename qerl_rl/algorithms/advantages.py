@@ -21,7 +21,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool,
     # Rewards such as 0.1 have no exact mean: in float32 the rest, divided by eps, would be a visible advantage.
     values = rewards.double()
     if not torch.isfinite(values).all():
-        raise ValueError(f"rewards of samples {torch.nonzero(~torch.isfinite(values)).flatten().tolist()} are not finite")
+        raise ValueError(f"{int((~torch.isfinite(values)).sum())} of {len(values)} rewards are not finite")
     groups, members = torch.unique(group_ids, return_inverse=True)
     counts = torch.bincount(members, minlength=len(groups))
     if (counts < 2).any():

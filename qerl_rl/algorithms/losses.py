@@ -25,7 +25,7 @@ def clipped_policy_loss(
 
     Args: log_probs [T] with gradient; old_log_probs, advantages, token_weights [T], constants.
     Returns: (scalar loss, metrics): sums over the T tokens, not weighted, no gradient: `policy_loss`, `ratio`,
-        `clip_fraction` (tokens whose gradient the clip removed), `approx_kl` (k3 of KL(old || new), from samples of old).
+        `clip_fraction` (tokens whose gradient the clip removed), `approx_kl` (k3 estimate of KL(old || new), nats).
     """
     log_ratio = (log_probs - old_log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()

@@ -1,0 +1,1 @@
+"""Reward functions (prompt, response, answer) -> float, and how many samples are scored safely at once."""

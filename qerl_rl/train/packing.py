@@ -25,7 +25,9 @@ def partition(lengths: Sequence[int], micro_batch_tokens: int, at_least: int = 1
     if micro_batch_tokens < 1:
         raise ValueError(f"micro_batch_tokens is {micro_batch_tokens}, it must be at least 1")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    count = min(len(lengths), max(at_least, -(-sum(lengths) // micro_batch_tokens)))
+    fitting = [length for length in lengths if length <= micro_batch_tokens]
+    fewest = len(lengths) - len(fitting) + -(-sum(fitting) // micro_batch_tokens)
+    count = min(len(lengths), max(at_least, fewest))
     while True:
         batches = _longest_first(lengths, order, count)
         sizes = [sum(lengths[index] for index in batch) for batch in batches]

@@ -1,5 +1,8 @@
 """Which samples go together, and where their response tokens lie in the packed sequence."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -44,27 +47,25 @@ def test_partition_is_balanced(lengths, capacity):
 @settings(deadline=None)
 @given(ranks=st.lists(LENGTHS, min_size=1, max_size=4), capacity=st.integers(1, 60))
 def test_ranks_agree_on_the_number_of_micro_batches(ranks, capacity):
-    """The ranks run in lock step here: each round every rank proposes, all hear the largest."""
-    proposals: list[list[int]] = [[] for _ in ranks]
+    """Each rank is a thread; the collective is a barrier around a shared list."""
+    barrier, proposed = threading.Barrier(len(ranks)), [0] * len(ranks)
 
-    def run(answers: list[int]) -> list[list[list[int]]]:
-        for rank in proposals:
-            rank.clear()
-        return [
-            partition_alike(lengths, capacity, lambda own, seen=seen: (seen.append(own), answers[len(seen) - 1])[1])
-            for lengths, seen in zip(ranks, proposals, strict=True)
-        ]
+    def run(rank: int) -> list[list[int]]:
+        def largest(own: int) -> int:
+            proposed[rank] = own
+            barrier.wait()
+            found = max(proposed)
+            barrier.wait()
+            return found
 
-    answers = [max(len(partition(lengths, capacity)) for lengths in ranks)]
-    while True:
-        try:
-            found = run(answers)
-            break
-        except IndexError:
-            answers.append(max(len(partition(lengths, capacity, at_least=answers[-1])) for lengths in ranks))
+        return partition_alike(ranks[rank], capacity, largest)
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        found = list(pool.map(run, range(len(ranks))))
     assert len({len(batches) for batches in found}) == 1
     for lengths, batches in zip(ranks, found, strict=True):
         assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+        assert all(len(batch) <= 1 or sum(lengths[index] for index in batch) <= capacity for batch in batches)
 
 
 def test_a_sample_longer_than_the_capacity_makes_its_own_micro_batch():

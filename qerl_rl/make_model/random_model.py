@@ -1,0 +1,140 @@
+"""Random MoE checkpoints in HF format, small enough for a test and lively enough to tell engines apart."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from qerl_rl.make_model.characters import character_tokenizer
+
+_FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+}
+
+
+@dataclass(frozen=True)
+class MoeSizes:
+    """Sizes of a small MoE model; `tied`, `norm_topk_prob` and `shared_expert_width` where the family knows them."""
+
+    layers: int = 4
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    """Qwen3-MoE and Mixtral only; Qwen2-MoE has hidden / heads."""
+    experts: int = 8
+    top_k: int = 2
+    expert_width: int = 64
+    shared_expert_width: int = 96
+    norm_topk_prob: bool = True
+    tied: bool = False
+    max_length: int = 512
+
+
+def build_moe(family: str, sizes: MoeSizes, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A float32 model of `family` (qwen3_moe, qwen2_moe or mixtral) with the vocabulary and the ends of `tokenizer`."""
+    options: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "num_experts_per_tok": sizes.top_k,
+        "tie_word_embeddings": sizes.tied,
+        "max_position_embeddings": sizes.max_length,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if family != "qwen2_moe":
+        options["head_dim"] = sizes.head_dim
+    if family == "mixtral":
+        options |= {"num_local_experts": sizes.experts, "intermediate_size": sizes.expert_width}
+    else:
+        options |= {
+            "num_experts": sizes.experts,
+            "moe_intermediate_size": sizes.expert_width,
+            "intermediate_size": 2 * sizes.expert_width,
+            "norm_topk_prob": sizes.norm_topk_prob,
+        }
+    if family == "qwen2_moe":
+        options |= {"shared_expert_intermediate_size": sizes.shared_expert_width, "qkv_bias": True}
+    config_class, model_class = _FAMILIES[family]
+    # The constructor draws its own initial weights; the caller's random numbers must not depend on it.
+    with torch.random.fork_rng(devices=[]):
+        model = model_class(config_class(**options))
+    return model.eval()
+
+
+@torch.no_grad()
+def randomize(model: PreTrainedModel, seed: int) -> None:
+    """Draw every weight anew, so that differences between engines show.
+
+    Router logits have a standard deviation near 2 (few near-ties), token logits near 2.5 (entropy well above 0 and well
+    below uniform), norms and biases differ from 1 and 0, and the residual stream neither grows nor vanishes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hidden = model.config.hidden_size
+    tied = model.config.tie_word_embeddings
+    for name, parameter in model.named_parameters():
+        center, deviation = 0.0, 1.0 / math.sqrt(parameter.shape[-1])
+        if name.endswith("norm.weight"):
+            center, deviation = 1.0, 0.1
+        elif name.endswith(".bias"):
+            deviation = 0.2
+        elif name.endswith(("mlp.gate.weight", "shared_expert_gate.weight")):
+            deviation = 2.0 / math.sqrt(hidden)
+        elif name.endswith("lm_head.weight") or (name.endswith("embed_tokens.weight") and tied):
+            deviation = 2.5 / math.sqrt(hidden)
+        elif name.endswith("embed_tokens.weight"):
+            deviation = 1.0
+        elif tied and name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+            # Otherwise the last token's own embedding outweighs the layers and the model repeats it.
+            deviation *= 2.0
+        parameter.copy_(center + deviation * torch.randn(parameter.shape, generator=generator))
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write model, tokenizer and generation_config.json (which ends an answer at <eos>) in HF format as `dtype`."""
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # transformers 5 writes its class's new name, which transformers 4 (beside vLLM-Ascend) does not know.
+    tokenizer_config = folder / "tokenizer_config.json"
+    entries = json.loads(tokenizer_config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizer_config.write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def save_random_checkpoint(
+    folder: Path, family: str, sizes: MoeSizes | None = None, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Path:
+    """A random checkpoint of `family` with the character tokenizer, the same files for the same arguments."""
+    tokenizer = character_tokenizer()
+    model = build_moe(family, sizes or MoeSizes(), tokenizer)
+    randomize(model, seed)
+    save_model(model, tokenizer, folder, dtype)
+    return folder

@@ -1,0 +1,29 @@
+"""Make Megatron-core, which is written for CUDA, run on the device of this process."""
+
+from __future__ import annotations
+
+import importlib
+
+from qerl_rl.platform import cpu_adaptor
+from qerl_rl.platform.device import Device
+
+_prepared: list[str] = []
+
+
+def prepare_megatron(device: Device) -> None:
+    """Apply the adaptor of `device`. Call it before anything imports megatron; a second call does nothing.
+
+    CPU: the patches of `cpu_adaptor`. NPU: torch_npu's transfer_to_npu and MindSpeed's adaptor. CUDA needs none.
+    Raises: PatchError when megatron is imported already, or lacks what a patch replaces; RuntimeError when the process
+    was prepared for another device.
+    """
+    if device.name in _prepared:
+        return
+    if _prepared:
+        raise RuntimeError(f"this process is prepared for {_prepared[0]}, so it can't run Megatron on {device.name}")
+    if device.name == "cpu":
+        cpu_adaptor.apply()
+    elif device.name == "npu":
+        importlib.import_module("torch_npu.contrib.transfer_to_npu")
+        importlib.import_module("mindspeed.megatron_adaptor")
+    _prepared.append(device.name)

@@ -1,0 +1,75 @@
+"""Layer modules for devices without Transformer Engine: RMSNorm under sequence parallelism, attention over packed sequences.
+
+Megatron's own local modules refuse both. They enter through the layer spec, not by patching. Import after
+`prepare_megatron`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RMSNorm(torch.nn.Module):
+    """y = x / rms(x) * weight over the last dimension, rms in float32.
+
+    The weight is tagged `sequence_parallel`, by which Megatron sums its gradient over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **ignored: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        exact = x.float()
+        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * exact.to(x.dtype)
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention by torch's scaled_dot_product_attention, with grouped key and value heads.
+
+    Takes [sequence, batch, heads, head_dim], or [tokens, heads, head_dim] of packed sequences (thd), of which each
+    attends to itself only.
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **ignored: Any) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **ignored: Any,
+    ) -> torch.Tensor:
+        """[sequence, batch, heads * head_dim], or [tokens, heads * head_dim] of packed sequences.
+
+        attention_mask (unpacked only) is True where a key must not be seen; without one the attention is causal.
+        """
+        if packed_seq_params is None:
+            mask = None if attention_mask is None else ~attention_mask
+            output = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), mask)
+            return output.permute(2, 0, 1, 3).flatten(2)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        sequences = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        outputs = [self._attend(*(x.unsqueeze(0) for x in sequence), None)[0] for sequence in sequences]
+        return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        grouped = query.size(1) != key.size(1)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
+        )

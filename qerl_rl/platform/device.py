@@ -1,0 +1,102 @@
+"""The device a worker process computes on, described once so that nothing else asks which one it is."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import resource
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from qerl_rl.config.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MemoryStatistics:
+    """Bytes of device memory: held by this process now, and at most since it started."""
+
+    used_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of device. `name` is also torch's device type.
+
+    collective_backend is the torch.distributed backend; visible_devices_variable the environment variable that limits a
+    process to some cards (empty where there are no cards).
+    """
+
+    name: str
+    collective_backend: str
+    visible_devices_variable: str
+
+    def current(self) -> torch.device:
+        """The torch.device of this process."""
+        if self.name == "cpu":
+            return torch.device("cpu")
+        return torch.device(self.name, self._runtime().current_device())
+
+    def select(self, local_rank: int) -> None:
+        """Make card `local_rank` the current one of this process; there is nothing to choose on a CPU."""
+        if self.name != "cpu":
+            self._runtime().set_device(local_rank)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self.name != "cpu":
+            self._runtime().synchronize()
+
+    def memory(self) -> MemoryStatistics:
+        """Memory of this process on the device; on a CPU its resident set, which other libraries share."""
+        if self.name == "cpu":
+            # Linux counts ru_maxrss in KiB.
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return MemoryStatistics(psutil.Process().memory_info().rss, peak)
+        runtime = self._runtime()
+        return MemoryStatistics(runtime.memory_allocated(), runtime.max_memory_allocated())
+
+    def is_available(self) -> bool:
+        """Whether this process can compute on it."""
+        if self.name == "cpu":
+            return True
+        if self.name == "npu" and not _import_torch_npu():
+            return False
+        return bool(self._runtime().is_available())
+
+    def _runtime(self) -> Any:
+        # torch.npu exists only once torch_npu is imported, so a plain attribute would be wrong for the other devices.
+        return getattr(torch, self.name)
+
+
+CPU = Device("cpu", "gloo", "")
+CUDA = Device("cuda", "nccl", "CUDA_VISIBLE_DEVICES")
+NPU = Device("npu", "hccl", "ASCEND_RT_VISIBLE_DEVICES")
+DEVICES = {device.name: device for device in (NPU, CUDA, CPU)}
+
+
+def _import_torch_npu() -> bool:
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    importlib.import_module("torch_npu")
+    return True
+
+
+def detect(device: str = "auto") -> Device:
+    """The device named by `train.device`; `auto` takes the first there is of npu, cuda and cpu.
+
+    Raises: ConfigError when the name is unknown or this machine has no such device.
+    """
+    if device == "auto":
+        return next(candidate for candidate in DEVICES.values() if candidate.is_available())
+    if device not in DEVICES:
+        raise ConfigError(f"train.device={device} is unknown.", fix="set train.device to auto, cpu, cuda or npu")
+    if not DEVICES[device].is_available():
+        raise ConfigError(
+            f"train.device={device}, but torch finds no such device here.",
+            fix="set train.device to auto, or install the torch build and driver of the device",
+        )
+    return DEVICES[device]

@@ -1,0 +1,48 @@
+"""Adaptive quantization noise (QeRL, arXiv 2510.11696, section 3.3): how strong it is at a step, and its numbers.
+
+The numbers are counter-based: element i depends on (seed, step, name, i) alone, so any process can draw them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+
+from qerl_rl.config.schema import NoiseConfig
+
+
+def sigma_at(step: int, steps: int, noise: NoiseConfig) -> float:
+    """Standard deviation of the noise at `step` (counted from 1) of a run of `steps`.
+
+    The run is cut into K = noise.stages equal parts. Stage 0 has no noise; stage k >= 1 has
+    sigma_k = sigma_start * (sigma_end / sigma_start) ^ ((k - 1) / (K - 2)), so stage 1 has sigma_start and stage K - 1
+    has sigma_end (with K = 2 the only noisy stage has sigma_start). 0.0 where the noise is disabled.
+    Raises: ValueError for a step outside the run.
+    """
+    if not 1 <= step <= steps:
+        raise ValueError(f"step {step} is outside a run of {steps} steps")
+    stage = (step - 1) * noise.stages // steps
+    if not noise.enabled or stage == 0:
+        return 0.0
+    progress = (stage - 1) / max(noise.stages - 2, 1)
+    return noise.sigma_start * (noise.sigma_end / noise.sigma_start) ** progress
+
+
+def gaussian(seed: int, step: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal numbers, numpy float32 of `shape`; a longer shape begins with the numbers of a shorter one.
+
+    Philox is keyed by the seed and the SHA-256 of the name, and its counter starts at the step; Box-Muller turns each
+    pair of its words into one number (numpy promises the same raw words in every version, but not the same normals).
+    """
+    count = math.prod(shape)
+    name_key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    bits = np.random.Philox(
+        key=np.array([seed % 2**64, name_key], dtype=np.uint64), counter=np.array([0, 0, 0, step], dtype=np.uint64)
+    )
+    words = bits.random_raw(2 * count).reshape(count, 2)
+    # 53 bits make a float64 in [0, 1); one minus it is never 0, which log needs.
+    uniform = (words >> np.uint64(11)) * 2.0**-53
+    normal = np.sqrt(-2.0 * np.log1p(-uniform[:, 0])) * np.cos(2.0 * np.pi * uniform[:, 1])
+    return normal.astype(np.float32).reshape(shape)

@@ -1,0 +1,64 @@
+"""The phase change on one rank: the card goes from the trainer to the rollout engine and back.
+
+The quantized base never moves: both engines hold it since their start, each in its own layout. What moves is the
+adapter, from the training shards into the slices of the engine's layout.
+"""
+
+from __future__ import annotations
+
+from qerl_rl.config.schema import NoiseConfig, RunConfig, SwapConfig
+from qerl_rl.quant.noise import sigma_at
+from qerl_rl.reshard.ledger import SwapReport
+from qerl_rl.rollout.engine import RolloutEngine
+from qerl_rl.train.engine import TrainEngine
+
+
+class Swap:
+    """Moves one rank between the phases `rollout` and `train`; every rank must call the same change together."""
+
+    def __init__(
+        self, train: TrainEngine, rollout: RolloutEngine, swap: SwapConfig, noise: NoiseConfig, run: RunConfig
+    ) -> None:
+        self._train, self._rollout = train, rollout
+        self._config, self._noise, self._run = swap, noise, run
+
+    def to_rollout(self, step: int) -> SwapReport:
+        """Serve the policy as it is now, with the noise of `step` (counted from 1); train state leaves memory."""
+        report = SwapReport("rollout")
+        with report.stage("gather"):
+            adapters = self._train.gather_adapters()
+        with report.stage("offload"):
+            report.released_bytes = _prefixed("train", self._train.offload())
+        with report.stage("transfer"):
+            report.moved_bytes = self._rollout.set_adapters(adapters)
+        with report.stage("noise"):
+            self.set_noise(step)
+        with report.stage("kv_cache"):
+            self._rollout.restore_kv_cache()
+        report.held_bytes = self.held_bytes()
+        return report
+
+    def to_train(self) -> SwapReport:
+        """Give the card back to the trainer: the KV cache leaves memory, train state returns."""
+        report = SwapReport("train")
+        if self._config.release_kv_cache:
+            with report.stage("kv_cache"):
+                report.released_bytes = {"rollout/kv_cache": self._rollout.release_kv_cache()}
+        with report.stage("onload"):
+            self._train.onload()
+        report.held_bytes = self.held_bytes()
+        return report
+
+    def set_noise(self, step: int) -> float:
+        """Draw the noise of `step` (0: none) on the clean weights of the rollout engine; returns its sigma."""
+        sigma = sigma_at(step, self._run.steps, self._noise) if self._noise.enabled and step > 0 else 0.0
+        self._rollout.set_noise(sigma, self._run.seed, step)
+        return sigma
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes in memory now, by engine and kind."""
+        return _prefixed("train", self._train.held_bytes()) | _prefixed("rollout", self._rollout.held_bytes())
+
+
+def _prefixed(engine: str, kinds: dict[str, int]) -> dict[str, int]:
+    return {f"{engine}/{kind}": count for kind, count in kinds.items()}

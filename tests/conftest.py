@@ -1,0 +1,52 @@
+"""Random checkpoints that many tests share, built once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qerl_rl.make_model.random_model import MoeSizes, save_random_checkpoint
+from qerl_rl.quant.checkpoint import quantize_checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_checkpoint(family, dtype="float32", seed=0, **sizes)` -> folder of a random HF checkpoint.
+
+    Families: qwen3_moe, qwen2_moe (shared expert, qkv bias, tied embeddings unless tied=False), mixtral. `sizes` are the
+    fields of MoeSizes (layers=2, norm_topk_prob=False, ...). Calls with equal arguments get the same folder: don't
+    write into it.
+    """
+    built: dict[tuple, Path] = {}
+
+    def build(family: str, dtype: str = "float32", seed: int = 0, **sizes: int | bool) -> Path:
+        sizes = {"tied": family == "qwen2_moe"} | sizes
+        key = (family, dtype, seed, *sorted(sizes.items()))
+        if key not in built:
+            folder = tmp_path_factory.mktemp(family)
+            built[key] = save_random_checkpoint(folder, family, MoeSizes(**sizes), dtype=DTYPES[dtype], seed=seed)
+        return built[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_w8a8(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`tiny_w8a8(family, ...)` -> folder of the W8A8 twin of `tiny_checkpoint(family, ...)`."""
+    built: dict[Path, Path] = {}
+
+    def build(family: str, dtype: str = "float32", seed: int = 0, **sizes: int | bool) -> Path:
+        source = tiny_checkpoint(family, dtype, seed, **sizes)
+        if source not in built:
+            built[source] = tmp_path_factory.mktemp(f"{family}_w8a8")
+            quantize_checkpoint(source, built[source], "w8a8")
+        return built[source]
+
+    return build

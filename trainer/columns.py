@@ -1,0 +1,39 @@
+"""What travels between the stages of a step, and who reads what."""
+
+from __future__ import annotations
+
+from qerl_rl.config.schema import Config
+from transfer_dock import TransferDock
+
+COLUMNS = {
+    "prompts": "int32",
+    "prompt_texts": "str",
+    "answers": "str",
+    "responses": "int32",
+    "response_texts": "str",
+    "rollout_log_probs": "float32",
+    "truncated": "float32",
+    "rewards": "float32",
+    "old_log_probs": "float32",
+    "reference_log_probs": "float32",
+    "advantages": "float32",
+}
+
+CONSUMERS = {
+    "rollout": ["prompts"],
+    "reward": ["prompt_texts", "responses", "answers"],
+    "advantages": ["prompts", "responses", "rewards", "truncated", "prompt_texts", "response_texts", "answers"],
+    "log_probs": ["prompts", "responses", "rollout_log_probs"],
+    "update": ["prompts", "responses", "old_log_probs", "reference_log_probs", "advantages"],
+}
+
+
+def create_dock(config: Config) -> TransferDock:
+    """The dock of a run."""
+    return TransferDock.create(
+        columns=COLUMNS,
+        consumers=CONSUMERS,
+        samples_per_group=config.algorithm.samples_per_prompt,
+        capacity_bytes=config.dock.capacity_bytes,
+        timeout=config.dock.timeout_s,
+    )

@@ -1,0 +1,139 @@
+"""Everything that can be checked before a process starts: keys, model folder, layouts, data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qerl_rl.config.checks import check_config
+from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.loader import LoadedConfig, to_yaml
+from qerl_rl.config.schema import Config
+from qerl_rl.data.prompts import Prompt, PromptSource, held_out, load_prompts
+from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.rewards import load_reward
+
+
+@dataclass
+class Plan:
+    """A launch that can run: the configuration with the model's shape, the prompts and the tokenizer it was checked with."""
+
+    config: Config
+    architecture: MoeArchitecture
+    tokenizer: Any
+    prompts: PromptSource
+    eval_prompts: list[Prompt]
+
+
+def preflight(loaded: LoadedConfig) -> Plan:
+    """Check the launch file against itself, the model and the data.
+
+    Raises: ConfigError with the fix for the first thing that can't work.
+    """
+    config = loaded.config
+    check_config(config, loaded.locate)
+    architecture = MoeArchitecture.from_folder(config.model.path)
+    _check_format(loaded)
+    _check_divisibility(loaded, architecture)
+    load_reward(config.reward.function)
+    tokenizer = _load_tokenizer(config.model.path)
+    train, evaluation = _load_data(loaded, tokenizer)
+    return Plan(config, architecture, tokenizer, train, evaluation)
+
+
+def _load_tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"the tokenizer in {folder} can't be loaded: {reason}",
+            fix="put the tokenizer's files beside config.json",
+            where=folder,
+        ) from None
+
+
+def _check_format(loaded: LoadedConfig) -> None:
+    config = loaded.config
+    found = CheckpointReader(config.model.path).format
+    if found != config.quant.format:
+        raise ConfigError(
+            f"quant.format={config.quant.format}, but {config.model.path} holds {found}.",
+            fix=f"set quant.format to {found}, or quantize the model",
+            where=loaded.locate("quant.format"),
+        )
+
+
+def _check_divisibility(loaded: LoadedConfig, architecture: MoeArchitecture) -> None:
+    """Every parallel size must divide what it splits."""
+    train, rollout = loaded.config.train, loaded.config.rollout
+    heads, groups = architecture.attention_heads, architecture.key_value_heads
+    expert_ranks = rollout.tensor_parallel * rollout.data_parallel if rollout.expert_parallel else 1
+    splits = [
+        ("train.tensor_parallel", train.tensor_parallel, groups, "key-value heads"),
+        ("train.pipeline_parallel", train.pipeline_parallel, architecture.layers, "layers"),
+        ("train.expert_parallel", train.expert_parallel, architecture.experts, "experts"),
+        ("train.expert_tensor_parallel", train.expert_tensor_parallel, architecture.expert_intermediate_size, "columns of an expert"),
+        ("rollout.tensor_parallel", rollout.tensor_parallel, heads, "attention heads"),
+        ("rollout.expert_parallel", expert_ranks, architecture.experts, "experts"),
+    ]
+    for key, size, whole, what in splits:
+        if whole % size:
+            divisors = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+            name = Path(loaded.config.model.path).name
+            raise ConfigError(
+                f"{key} splits over {size} ranks, which does not divide the {whole} {what} of {name}.",
+                fix=f"choose a size out of {divisors}",
+                where=loaded.locate(key),
+            )
+
+
+def _load_data(loaded: LoadedConfig, tokenizer: Any) -> tuple[PromptSource, list[Prompt]]:
+    config = loaded.config
+    limit = config.rollout.max_prompt_tokens
+    prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=limit, seed=config.run.seed)
+    evaluation: list[Prompt] = []
+    if config.eval.every:
+        if config.eval.path:
+            evaluation = load_prompts(
+                config.data, tokenizer, max_prompt_tokens=limit, seed=config.run.seed, path=config.eval.path
+            )[: config.eval.prompts]
+        else:
+            prompts, evaluation = held_out(prompts, config.eval.prompts)
+    if len(prompts) < config.algorithm.prompts_per_step:
+        raise ConfigError(
+            f"{config.data.train_path} has {len(prompts)} prompts, fewer than "
+            f"algorithm.prompts_per_step={config.algorithm.prompts_per_step}.",
+            fix=f"set algorithm.prompts_per_step to {len(prompts)} or less, or give more data",
+            where=loaded.locate("algorithm.prompts_per_step"),
+        )
+    return PromptSource(prompts, seed=config.run.seed, shuffle=config.data.shuffle), evaluation
+
+
+def describe(plan: Plan) -> str:
+    """The resolved configuration and the derived sizes with their units, for --dry-run."""
+    config, train, rollout = plan.config, plan.config.train, plan.config.rollout
+    expert_ranks = rollout.tensor_parallel * rollout.data_parallel if rollout.expert_parallel else rollout.tensor_parallel
+    sizes = [
+        ("model", plan.architecture.describe()),
+        ("prompts to train on", f"{len(plan.prompts)} ({len(plan.eval_prompts)} held out)"),
+        ("prompts a step", config.algorithm.prompts_per_step),
+        ("samples a step", config.samples_per_step),
+        ("samples a mini-batch", config.samples_per_mini_batch),
+        ("optimizer updates a step", config.mini_batches_per_step),
+        ("samples a rank and mini-batch", config.samples_per_rank_and_mini_batch),
+        ("tokens a micro-batch, at most", train.micro_batch_tokens),
+        ("train ranks", f"{config.cluster.workers} = tensor {train.tensor_parallel} x pipeline {train.pipeline_parallel} "
+                        f"x data {config.train_data_parallel}; experts over {train.expert_parallel} "
+                        f"x {train.expert_tensor_parallel} (tensor)"),
+        ("rollout ranks", f"{config.cluster.workers} = tensor {rollout.tensor_parallel} x data {rollout.data_parallel}; "
+                          f"experts over {expert_ranks}"),
+        ("sequences decoded at once", rollout.max_sequences * rollout.data_parallel),
+    ]  # fmt: skip
+    width = max(len(name) for name, _ in sizes)
+    lines = [f"  {name:<{width}}  {value}" for name, value in sizes]
+    return "\n".join(["# resolved configuration", to_yaml(config), "# derived sizes", *lines])

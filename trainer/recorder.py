@@ -1,0 +1,127 @@
+"""What a run leaves behind and shows: metrics, samples, plots, the console."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from qerl_rl.config.loader import to_yaml
+from qerl_rl.config.schema import Config
+from qerl_rl.metrics.console import RunDisplay
+from qerl_rl.metrics.plot import plot_run
+from qerl_rl.metrics.tracker import Tracker
+from qerl_rl.reshard.ledger import SwapReport
+from transfer_dock import Batch
+
+TIMED = ("rollout", "swap", "reward", "log_probs", "update")
+
+
+class RunRecorder:
+    """Times the phases of each step, and writes and shows what came of them.
+
+    Args: config: the run. memory: gives the peak bytes of all processes; called once a step.
+    """
+
+    def __init__(self, config: Config, display: RunDisplay) -> None:
+        self.config, self.display = config, display
+        self.folder = Path(config.run.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        self.checkpoints, self.export = self.folder / "checkpoints", self.folder / "export"
+        self.tracker = Tracker(self.folder, config.track)
+        self.history: list[dict[str, float]] = []
+        self.memory: Callable[[], int] = own_peak_bytes
+        self._seconds: dict[str, float] = {}
+        self._swaps = self.folder / "swaps.jsonl"
+        self._swaps.unlink(missing_ok=True)
+        self._step = 0
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[dict[str, float]]:
+        """One step; what is put into the yielded dictionary is logged with the times when it ends."""
+        self._step, self._seconds = number, {}
+        begin = perf_counter()
+        record: dict[str, float] = {}
+        yield record
+        total = perf_counter() - begin
+        metrics = {"step": number, **record, **self._times(total), **self._throughput(record)}
+        metrics["memory/peak_bytes"] = float(self.memory())
+        self.history.append(metrics)
+        self.tracker.log(number, metrics)
+        self.display.finish_step(number, metrics)
+
+    def _times(self, total: float) -> dict[str, float]:
+        seconds = dict.fromkeys(TIMED, 0.0) | self._seconds
+        return {f"time/{name}_s": value for name, value in seconds.items()} | {"time/total_s": total}
+
+    def _throughput(self, record: dict[str, float]) -> dict[str, float]:
+        rollout, train = self._seconds.get("rollout", 0.0), self._seconds.get("update", 0.0)
+        return {
+            "tokens_per_s/rollout": record["rollout/tokens"] / rollout,
+            "tokens_per_s/train": record["train/tokens"] / train,
+        }
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what runs inside under `name`, added up over the step, and show it."""
+        begin = perf_counter()
+        with self.display.phase(name):
+            yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + perf_counter() - begin
+
+    def progress(self, done: int, total: int) -> None:
+        """Samples done in the phase that runs."""
+        self.display.progress(done, total)
+
+    def swap(self, reports: list[SwapReport]) -> None:
+        """Append the ledger of one phase change, a line a rank, to swaps.jsonl."""
+        with self._swaps.open("a", encoding="utf-8") as file:
+            for rank, report in enumerate(reports):
+                row = {"step": self._step, "rank": rank, **dataclasses.asdict(report), "ledger": report.line()}
+                file.write(json.dumps(row) + "\n")
+        self.display.note(f"rank 0: {reports[0].line()}")
+
+    def samples(self, step: int, batch: Batch, advantages: np.ndarray) -> None:
+        """Write the first rows of a scored step to samples.jsonl."""
+        columns = batch.columns
+        for row in range(min(self.config.track.samples_per_step, len(batch.keys))):
+            self.tracker.sample(
+                {
+                    "step": step,
+                    "group": batch.keys[row].group,
+                    "index": batch.keys[row].index,
+                    "prompt": columns["prompt_texts"][row],
+                    "response": columns["response_texts"][row],
+                    "answer": columns["answers"][row],
+                    "reward": float(columns["rewards"][row]),
+                    "advantage": float(advantages[row]),
+                }
+            )
+
+    def finish(self) -> None:
+        """Draw the curves and show the table that ends a run."""
+        self.tracker.close()
+        paths = {
+            "metrics": self.tracker.metrics_path,
+            "swap ledger": self._swaps,
+            "tensorboard": self.folder / "tensorboard",
+            "samples": self.folder / "samples.jsonl",
+            "checkpoint": self.checkpoints,
+            "HF export": self.export / "hf",
+            "adapter": self.export / "adapter",
+        }
+        if self.config.track.plot:
+            paths["curves"] = plot_run(self.tracker.metrics_path, self.folder / "reward.png")
+        self.display.summary(self.history, {name: path for name, path in paths.items() if Path(path).exists()})
+
+
+def own_peak_bytes() -> int:
+    """The most memory this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,65 @@
+"""One run from start to end: Ray, the workers, the trainer, and an orderly end whatever happens."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import ray
+
+from qerl_rl.config.schema import ClusterConfig
+from qerl_rl.metrics.console import RunDisplay
+from trainer.grpo import GrpoTrainer
+from trainer.preflight import Plan
+from trainer.recorder import RunRecorder, own_peak_bytes
+from transfer_dock import DockError
+from workers import WorkerError, WorkerGroup
+
+
+def run(plan: Plan) -> int:
+    """Train; returns the exit code (0 done, 1 failed, 130 interrupted)."""
+    config = plan.config
+    display = RunDisplay(config.run.steps, config.samples_per_step, config.track.console)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(display)
+            recorder = RunRecorder(config, display)
+            with recorder.phase("start"):
+                stack.enter_context(connected(config.cluster))
+                workers = stack.enter_context(WorkerGroup(config))
+            recorder.memory = lambda: peak_bytes(workers)
+            GrpoTrainer(plan, workers, recorder).run()
+            recorder.finish()
+    except (WorkerError, DockError) as error:
+        print(f"run failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: every process of the run was stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextmanager
+def connected(cluster: ClusterConfig) -> Iterator[None]:
+    """Ray, joined at `cluster.address` or started on this machine; what was started is stopped at the end."""
+    # Ray would else set CUDA_VISIBLE_DEVICES= on actors that ask for no GPU, and print a warning about it.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    started = not cluster.address
+    options: dict = {"address": cluster.address}
+    if started:
+        options = {"num_cpus": cluster.workers * cluster.cpus_per_worker, "include_dashboard": False}
+    ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def peak_bytes(workers: WorkerGroup) -> int:
+    """The sum of the processes' peaks: an upper bound of what the run held at once."""
+    pending = workers.call("peak_bytes").wait(timeout_s=workers.config.fault.train_timeout_s)
+    pending += workers.call_reward("peak_bytes").wait(timeout_s=workers.config.fault.train_timeout_s)
+    return own_peak_bytes() + sum(pending)

@@ -1,0 +1,170 @@
+"""The worker of one card: a Megatron trainer and a vLLM engine in one process, one of them at work at a time."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qerl_rl.config.loader import from_dict
+from transfer_dock import Batch, Jagged, SampleKey, TransferDock
+from workers.batches import group_requests, to_samples
+
+if TYPE_CHECKING:
+    from qerl_rl.reshard.ledger import SwapReport
+
+
+class ActorHybridWorker:
+    """Trains and rolls out the policy on one card; made by `WorkerGroup`, or directly in a process of one's own.
+
+    Every rank gets the same calls in the same order, since both engines use collectives. Samples come from and go to the
+    dock; only small figures are returned.
+
+    Args: config: the launch configuration as `dataclasses.asdict` gives it. rank, world_size: place among the workers.
+    """
+
+    def __init__(self, config: dict[str, Any], rank: int, world_size: int) -> None:
+        self.config = from_dict(config)
+        self.rank, self.world_size = rank, world_size
+
+    def reserve_address(self) -> tuple[str, int]:
+        """Address and free port of this worker's node, for rank 0 to be the rendezvous of all."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, address: str, port: int) -> dict[str, Any]:
+        """Load both engines; returns this rank's place in the layouts and the bytes each engine holds."""
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(self.rank), LOCAL_RANK=str(self.rank))
+        os.environ.update(WORLD_SIZE=str(self.world_size), LOCAL_WORLD_SIZE=str(self.world_size))
+        from qerl_rl.platform.device import detect
+        from qerl_rl.platform.megatron import prepare_megatron
+
+        device = detect(self.config.train.device)
+        prepare_megatron(device)
+        import torch
+
+        torch.distributed.init_process_group(device.collective_backend, rank=self.rank, world_size=self.world_size)
+        from qerl_rl.reshard.swap import Swap
+        from qerl_rl.rollout.vllm_engine import VllmEngine
+        from qerl_rl.train.engine import TrainEngine
+
+        self.train = TrainEngine(self.config)
+        self.rollout = VllmEngine(
+            self.config.model.path,
+            self.config.rollout,
+            self.config.lora,
+            max_length=self.config.model.max_length,
+            seed=self.config.run.seed,
+        )
+        self.swap = Swap(self.train, self.rollout, self.config.swap, self.config.noise, self.config.run)
+        self.rollout.release_kv_cache()
+        return {
+            "train_data_rank": self.train.data_parallel_rank,
+            "rollout_data_rank": self.rank // self.config.rollout.tensor_parallel,
+            "held_bytes": self.swap.held_bytes(),
+        }
+
+    def swap_to_rollout(self, step: int) -> SwapReport:
+        """Serve the newest policy, with the noise of `step`."""
+        return self.swap.to_rollout(step)
+
+    def swap_to_train(self) -> SwapReport:
+        """Give the card to the trainer."""
+        return self.swap.to_train()
+
+    def generate(self, dock: TransferDock, prompts: Batch | None, step: int) -> dict[str, float]:
+        """Answer the prompts of this data-parallel rank's lease (None: no prompts), writing each group when it is done.
+
+        Writes the columns responses, rollout_log_probs and truncated. Ranks of one engine generate the same; its first
+        one writes.
+        """
+        begin = perf_counter()
+        requests, keys = group_requests(prompts, self.config.run.seed)
+        tokens = 0
+        for output in self.rollout.generate(requests):
+            tokens += sum(len(response) for response in output.responses)
+            if self._writes_rollouts:
+                put_responses(dock, keys[output.group], output)
+        return {"tokens": float(tokens) if self._writes_rollouts else 0.0, "seconds": perf_counter() - begin}
+
+    @property
+    def _writes_rollouts(self) -> bool:
+        return self.rank % self.config.rollout.tensor_parallel == 0
+
+    def evaluate(self, prompts: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+        """Greedy answers to token prompts on the policy without noise; None on ranks that repeat another's work."""
+        from qerl_rl.rollout.engine import GroupRequest
+
+        self.swap.set_noise(0)
+        requests = [GroupRequest(i, prompt, 1, self.config.run.seed) for i, prompt in enumerate(prompts)]
+        answers = {output.group: output.responses[0] for output in self.rollout.generate(requests, greedy=True)}
+        return [answers[i] for i in range(len(prompts))] if self._writes_rollouts else None
+
+    def log_probs(self, dock: TransferDock, batch: Batch) -> dict[str, float]:
+        """Old and reference log-probs of this rank's samples into the dock; returns sums over their tokens."""
+        samples = to_samples(batch)
+        old = self.train.log_probs(samples)
+        reference = self.train.log_probs(samples, adapters=False)
+        if old is None or reference is None:
+            return {}
+        columns = {
+            "old_log_probs": Jagged.from_rows(old.log_probs),
+            "reference_log_probs": Jagged.from_rows(reference.log_probs),
+        }
+        dock.put(columns, batch.keys)
+        from qerl_rl.algorithms.mismatch import rollout_mismatch
+
+        rollout_rows = list(batch.columns["rollout_log_probs"].rows())
+        return {
+            **rollout_mismatch(rollout_rows, old.log_probs),
+            "entropy": float(np.concatenate(old.entropy).mean()),
+            "tokens": float(sum(len(row) for row in rollout_rows)),
+        }
+
+    def update(self, batches: Sequence[Batch], step: int) -> list[dict[str, float]]:
+        """One optimizer update for each mini-batch share; returns the metrics of each, equal on all ranks."""
+        from qerl_rl.algorithms.grpo import grpo_loss
+        from qerl_rl.metrics.profile import profiled
+
+        loss_function = grpo_loss(self.config.algorithm)
+        columns = ("old_log_probs", "reference_log_probs", "advantages")
+        record = self.rank == 0 and step == self.config.profiler.step
+        with profiled(Path(self.config.run.output_dir) / "profile" if record else None):
+            return [
+                self.train.update(
+                    to_samples(batch, columns), loss_function, aggregation=self.config.algorithm.loss_aggregation
+                )
+                for batch in batches
+            ]
+
+    def save_checkpoint(self, folder: str, step: int) -> None:
+        """Write this rank's shard of the training state below `folder`."""
+        self.train.save_checkpoint(Path(folder), step)
+
+    def export(self, folder: str) -> None:
+        """Write the merged HF model and the adapter below `folder`; collective, rank 0 writes."""
+        self.train.export(Path(folder))
+
+    def peak_bytes(self) -> int:
+        """The most memory this process has held, in bytes."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def put_responses(dock: TransferDock, keys: list[SampleKey], output: Any) -> None:
+    """Write one finished group into the dock."""
+    truncated = np.array([reason == "length" for reason in output.finish_reasons], dtype=np.float32)
+    columns = {
+        "responses": Jagged.from_rows(output.responses),
+        "rollout_log_probs": Jagged.from_rows(output.log_probs),
+        "truncated": truncated,
+    }
+    dock.put(columns, keys)
