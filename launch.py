@@ -18,7 +18,7 @@ from qerl_rl.config.loader import load_config
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launch.py", description="Reinforcement-learn a quantized MoE model.")
-    parser.add_argument("--config", required=True, metavar="YAML", help="a launch file, such as configs/quickstart_cpu.yaml")
+    parser.add_argument("--config", required=True, metavar="YAML", help="a launch file, such as those in configs/")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print it, start nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to set on top of the file")
     return parser.parse_intermixed_args(arguments)

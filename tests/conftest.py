@@ -36,9 +36,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 
 @pytest.fixture(scope="session")
-def tiny_w8a8(
-    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def tiny_w8a8(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_w8a8(family, ...)` -> folder of the W8A8 twin of `tiny_checkpoint(family, ...)`."""
     built: dict[Path, Path] = {}
 

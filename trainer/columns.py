@@ -36,4 +36,5 @@ def create_dock(config: Config) -> TransferDock:
         samples_per_group=config.algorithm.samples_per_prompt,
         capacity_bytes=config.dock.capacity_bytes,
         timeout=config.dock.timeout_s,
+        lease_timeout=max(config.fault.rollout_timeout_s, config.fault.train_timeout_s),
     )

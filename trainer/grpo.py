@@ -72,7 +72,7 @@ class GrpoTrainer:
 
     def _generate(self, step: int) -> dict[str, float]:
         total = self.config.samples_per_step
-        prompts = self.dock.get("rollout", total, whole_groups=True)
+        prompts = self.dock.get("rollout", total, whole_groups=True, step=step)
         leases = prompts.split(group_rows(prompts.keys, self.config.rollout.data_parallel))
         shares = [lease if lease.keys else None for lease in leases]
         arguments = [(self.dock, share, step) for share in self.workers.by_data_rank("rollout", shares)]
@@ -82,10 +82,10 @@ class GrpoTrainer:
         return {"rollout/tokens": sum(result["tokens"] for result in results)}
 
     def _show(self, total: int) -> None:
-        self.recorder.progress(self.dock.status().columns["responses"], total)
+        self.recorder.progress(self.dock.status()["columns"]["responses"], total)
 
     def _advantages(self, step: int) -> dict[str, float]:
-        batch = self.dock.get("advantages", self.config.samples_per_step, whole_groups=True)
+        batch = self.dock.get("advantages", self.config.samples_per_step, whole_groups=True, step=step)
         rewards = torch.from_numpy(np.array(batch.columns["rewards"]))
         groups = torch.tensor([key.group for key in batch.keys])
         advantages = group_advantages(rewards, groups, normalize_std=self.config.algorithm.normalize_std)
@@ -125,7 +125,7 @@ class GrpoTrainer:
         return {"eval/reward_mean": float(np.mean(rewards))}
 
     def _log_probs(self, step: int) -> dict[str, float]:
-        batch = self.dock.get("log_probs", self.config.samples_per_step, whole_groups=True)
+        batch = self.dock.get("log_probs", self.config.samples_per_step, whole_groups=True, step=step)
         shares = batch.split(even_rows(len(batch.keys), self.config.train_data_parallel))
         arguments = [(self.dock, share) for share in self.workers.by_data_rank("train", shares)]
         results = self.workers.call_each("log_probs", arguments).wait(timeout_s=self.config.fault.train_timeout_s)
@@ -133,7 +133,7 @@ class GrpoTrainer:
         return token_weighted([result for result in results if result])
 
     def _update(self, step: int) -> dict[str, float]:
-        batch = self.dock.get("update", self.config.samples_per_step, whole_groups=True)
+        batch = self.dock.get("update", self.config.samples_per_step, whole_groups=True, step=step)
         algorithm = self.config.algorithm
         random = np.random.default_rng([self.config.run.seed, step])
         rows = mini_batch_rows(batch.keys, algorithm.prompts_per_mini_batch, algorithm.epochs_per_step, random)

@@ -18,7 +18,7 @@ from qerl_rl.rewards import load_reward
 
 @dataclass
 class Plan:
-    """A launch that can run: the configuration with the model's shape, the prompts and the tokenizer it was checked with."""
+    """A launch that can run: the configuration, the model's shape, the prompts and the tokenizer."""
 
     config: Config
     architecture: MoeArchitecture
@@ -59,7 +59,8 @@ def _load_tokenizer(folder: str) -> Any:
 
 def _check_format(loaded: LoadedConfig) -> None:
     config = loaded.config
-    found = CheckpointReader(config.model.path).format
+    with CheckpointReader(config.model.path) as reader:
+        found = "w8a8" if any(reader.is_quantized(name) for name in reader.names()) else "none"
     if found != config.quant.format:
         raise ConfigError(
             f"quant.format={config.quant.format}, but {config.model.path} holds {found}.",
@@ -70,23 +71,22 @@ def _check_format(loaded: LoadedConfig) -> None:
 
 def _check_divisibility(loaded: LoadedConfig, architecture: MoeArchitecture) -> None:
     """Every parallel size must divide what it splits."""
-    train, rollout = loaded.config.train, loaded.config.rollout
-    heads, groups = architecture.attention_heads, architecture.key_value_heads
-    expert_ranks = rollout.tensor_parallel * rollout.data_parallel if rollout.expert_parallel else 1
+    config, train, rollout = loaded.config, loaded.config.train, loaded.config.rollout
+    width = architecture.expert_width
     splits = [
-        ("train.tensor_parallel", train.tensor_parallel, groups, "key-value heads"),
+        ("train.tensor_parallel", train.tensor_parallel, architecture.key_value_heads, "key-value heads"),
         ("train.pipeline_parallel", train.pipeline_parallel, architecture.layers, "layers"),
         ("train.expert_parallel", train.expert_parallel, architecture.experts, "experts"),
-        ("train.expert_tensor_parallel", train.expert_tensor_parallel, architecture.expert_intermediate_size, "columns of an expert"),
-        ("rollout.tensor_parallel", rollout.tensor_parallel, heads, "attention heads"),
-        ("rollout.expert_parallel", expert_ranks, architecture.experts, "experts"),
+        ("train.expert_tensor_parallel", train.expert_tensor_parallel, width, "columns of an expert"),
+        ("rollout.tensor_parallel", rollout.tensor_parallel, architecture.attention_heads, "attention heads"),
+        ("rollout.expert_parallel", rollout_expert_ranks(config), architecture.experts, "experts"),
     ]
     for key, size, whole, what in splits:
         if whole % size:
             divisors = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
-            name = Path(loaded.config.model.path).name
+            problem = f"{key} splits over {size} ranks, which does not divide the {whole} {what}"
             raise ConfigError(
-                f"{key} splits over {size} ranks, which does not divide the {whole} {what} of {name}.",
+                f"{problem} of {Path(config.model.path).name}.",
                 fix=f"choose a size out of {divisors}",
                 where=loaded.locate(key),
             )
@@ -94,46 +94,71 @@ def _check_divisibility(loaded: LoadedConfig, architecture: MoeArchitecture) -> 
 
 def _load_data(loaded: LoadedConfig, tokenizer: Any) -> tuple[PromptSource, list[Prompt]]:
     config = loaded.config
-    limit = config.rollout.max_prompt_tokens
-    prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=limit, seed=config.run.seed)
-    evaluation: list[Prompt] = []
-    if config.eval.every:
-        if config.eval.path:
-            evaluation = load_prompts(
-                config.data, tokenizer, max_prompt_tokens=limit, seed=config.run.seed, path=config.eval.path
-            )[: config.eval.prompts]
-        else:
-            prompts, evaluation = held_out(prompts, config.eval.prompts)
+    needed = config.run.steps * config.algorithm.prompts_per_step + (config.eval.prompts if config.eval.every else 0)
+
+    def load(eval_path: str) -> list[Prompt]:
+        return load_prompts(
+            config.data,
+            tokenizer,
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+            seed=config.run.seed,
+            count_needed=needed,
+            eval_path=eval_path,
+        )
+
+    prompts, evaluation = load(""), []
+    if config.eval.every and config.eval.path:
+        evaluation = load(config.eval.path)[: config.eval.prompts]
+    elif config.eval.every:
+        prompts, evaluation = held_out(prompts, config.eval.prompts)
     if len(prompts) < config.algorithm.prompts_per_step:
+        key = "algorithm.prompts_per_step"
+        wanted = config.algorithm.prompts_per_step
         raise ConfigError(
-            f"{config.data.train_path} has {len(prompts)} prompts, fewer than "
-            f"algorithm.prompts_per_step={config.algorithm.prompts_per_step}.",
-            fix=f"set algorithm.prompts_per_step to {len(prompts)} or less, or give more data",
-            where=loaded.locate("algorithm.prompts_per_step"),
+            f"{config.data.train_path} has {len(prompts)} prompts, fewer than {key}={wanted}.",
+            fix=f"set {key} to {len(prompts)} or less, or give more data",
+            where=loaded.locate(key),
         )
     return PromptSource(prompts, seed=config.run.seed, shuffle=config.data.shuffle), evaluation
+
+
+def describe_model(architecture: MoeArchitecture) -> str:
+    """One line with the family and the sizes."""
+    return (
+        f"{architecture.family}, {architecture.layers} layers, hidden {architecture.hidden_size}, "
+        f"{architecture.attention_heads} heads ({architecture.key_value_heads} key-value), "
+        f"{architecture.experts} experts x {architecture.expert_width}, top {architecture.experts_per_token}, "
+        f"vocabulary {architecture.vocabulary_size}"
+    )
 
 
 def describe(plan: Plan) -> str:
     """The resolved configuration and the derived sizes with their units, for --dry-run."""
     config, train, rollout = plan.config, plan.config.train, plan.config.rollout
-    expert_ranks = rollout.tensor_parallel * rollout.data_parallel if rollout.expert_parallel else rollout.tensor_parallel
-    sizes = [
-        ("model", plan.architecture.describe()),
-        ("prompts to train on", f"{len(plan.prompts)} ({len(plan.eval_prompts)} held out)"),
-        ("prompts a step", config.algorithm.prompts_per_step),
-        ("samples a step", config.samples_per_step),
-        ("samples a mini-batch", config.samples_per_mini_batch),
-        ("optimizer updates a step", config.mini_batches_per_step),
-        ("samples a rank and mini-batch", config.samples_per_rank_and_mini_batch),
-        ("tokens a micro-batch, at most", train.micro_batch_tokens),
-        ("train ranks", f"{config.cluster.workers} = tensor {train.tensor_parallel} x pipeline {train.pipeline_parallel} "
-                        f"x data {config.train_data_parallel}; experts over {train.expert_parallel} "
-                        f"x {train.expert_tensor_parallel} (tensor)"),
-        ("rollout ranks", f"{config.cluster.workers} = tensor {rollout.tensor_parallel} x data {rollout.data_parallel}; "
-                          f"experts over {expert_ranks}"),
-        ("sequences decoded at once", rollout.max_sequences * rollout.data_parallel),
-    ]  # fmt: skip
-    width = max(len(name) for name, _ in sizes)
-    lines = [f"  {name:<{width}}  {value}" for name, value in sizes]
+    train_ranks = (
+        f"tensor {train.tensor_parallel} x pipeline {train.pipeline_parallel} x data {config.train_data_parallel}"
+    )
+    experts = f"experts over {train.expert_parallel} x tensor {train.expert_tensor_parallel}"
+    rollout_ranks = f"tensor {rollout.tensor_parallel} x data {rollout.data_parallel}"
+    sizes = {
+        "model": describe_model(plan.architecture),
+        "prompts to train on": f"{len(plan.prompts)} ({len(plan.eval_prompts)} held out)",
+        "prompts a step": config.algorithm.prompts_per_step,
+        "samples a step": config.samples_per_step,
+        "samples a mini-batch": config.samples_per_mini_batch,
+        "optimizer updates a step": config.mini_batches_per_step,
+        "samples a rank and mini-batch": config.samples_per_rank_and_mini_batch,
+        "tokens a micro-batch, at most": train.micro_batch_tokens,
+        "train ranks": f"{config.cluster.workers} = {train_ranks}; {experts}",
+        "rollout ranks": f"{config.cluster.workers} = {rollout_ranks}; experts over {rollout_expert_ranks(config)}",
+        "sequences decoded at once": rollout.max_sequences * rollout.data_parallel,
+    }
+    width = max(map(len, sizes))
+    lines = [f"  {name:<{width}}  {value}" for name, value in sizes.items()]
     return "\n".join(["# resolved configuration", to_yaml(config), "# derived sizes", *lines])
+
+
+def rollout_expert_ranks(config: Config) -> int:
+    """Ranks that the experts of one rollout engine are split over; without expert parallelism each rank holds all."""
+    rollout = config.rollout
+    return rollout.tensor_parallel * rollout.data_parallel if rollout.expert_parallel else 1

@@ -36,7 +36,6 @@ class RunRecorder:
         (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         self.checkpoints, self.export = self.folder / "checkpoints", self.folder / "export"
         self.tracker = Tracker(self.folder, config.track)
-        self.history: list[dict[str, float]] = []
         self.memory: Callable[[], int] = own_peak_bytes
         self._seconds: dict[str, float] = {}
         self._swaps = self.folder / "swaps.jsonl"
@@ -51,9 +50,8 @@ class RunRecorder:
         record: dict[str, float] = {}
         yield record
         total = perf_counter() - begin
-        metrics = {"step": number, **record, **self._times(total), **self._throughput(record)}
+        metrics = {**record, **self._times(total), **self._throughput(record)}
         metrics["memory/peak_bytes"] = float(self.memory())
-        self.history.append(metrics)
         self.tracker.log(number, metrics)
         self.display.finish_step(number, metrics)
 
@@ -93,8 +91,8 @@ class RunRecorder:
         columns = batch.columns
         for row in range(min(self.config.track.samples_per_step, len(batch.keys))):
             self.tracker.sample(
+                step,
                 {
-                    "step": step,
                     "group": batch.keys[row].group,
                     "index": batch.keys[row].index,
                     "prompt": columns["prompt_texts"][row],
@@ -102,7 +100,7 @@ class RunRecorder:
                     "answer": columns["answers"][row],
                     "reward": float(columns["rewards"][row]),
                     "advantage": float(advantages[row]),
-                }
+                },
             )
 
     def finish(self) -> None:
@@ -111,15 +109,15 @@ class RunRecorder:
         paths = {
             "metrics": self.tracker.metrics_path,
             "swap ledger": self._swaps,
-            "tensorboard": self.folder / "tensorboard",
-            "samples": self.folder / "samples.jsonl",
+            "tensorboard": self.tracker.tensorboard_path,
+            "samples": self.tracker.samples_path,
             "checkpoint": self.checkpoints,
             "HF export": self.export / "hf",
             "adapter": self.export / "adapter",
         }
         if self.config.track.plot:
             paths["curves"] = plot_run(self.tracker.metrics_path, self.folder / "reward.png")
-        self.display.summary(self.history, {name: path for name, path in paths.items() if Path(path).exists()})
+        self.display.summary(self.tracker.history, {name: path for name, path in paths.items() if Path(path).exists()})
 
 
 def own_peak_bytes() -> int:

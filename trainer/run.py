@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import ray
+from qerl_rl.metrics.console import RunDisplay
 
 from qerl_rl.config.schema import ClusterConfig
-from qerl_rl.metrics.console import RunDisplay
 from trainer.grpo import GrpoTrainer
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder, own_peak_bytes

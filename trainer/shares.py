@@ -1,4 +1,4 @@
-"""Which rows of a leased batch go to which rank and mini-batch. Deterministic, whole groups together in a mini-batch."""
+"""Which rows of a leased batch go to which rank and mini-batch: deterministic, groups whole in a mini-batch."""
 
 from __future__ import annotations
 

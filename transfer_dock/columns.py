@@ -106,9 +106,8 @@ def encode(name: str, dtype: str, values: Any, count: int) -> tuple[ColumnWrite,
     else:
         flat = np.ascontiguousarray(found)
         layout, start, length = Layout(False, flat.shape[1:]), np.arange(count), np.ones(count, np.int64)
-    digests = [
-        xxhash.xxh3_128_digest(flat[low : low + rows]) for low, rows in zip(start.tolist(), length.tolist(), strict=True)
-    ]
+    ends = (start + length).tolist()
+    digests = [xxhash.xxh3_128_digest(flat[low:end].data) for low, end in zip(start.tolist(), ends, strict=True)]
     return ColumnWrite(layout, start, length, digests, flat.nbytes), flat
 
 
@@ -117,9 +116,7 @@ def _gather(read: ColumnRead, blocks: Sequence[np.ndarray]) -> np.ndarray:
     end = read.start + read.length
     breaks = np.flatnonzero((read.block[1:] != read.block[:-1]) | (read.start[1:] != end[:-1])) + 1
     firsts, lasts = np.append(0, breaks), np.append(breaks, len(read.block)) - 1
-    runs = [
-        blocks[read.block[first]][read.start[first] : end[last]] for first, last in zip(firsts, lasts, strict=True)
-    ]
+    runs = [blocks[read.block[first]][read.start[first] : end[last]] for first, last in zip(firsts, lasts, strict=True)]
     return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
 

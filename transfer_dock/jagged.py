@@ -12,7 +12,7 @@ from transfer_dock.errors import ColumnMismatch
 
 
 def as_array(value: Any) -> np.ndarray:
-    """A numpy view of an array or a CPU tensor (a copy for one on a device); neither is imported for the other's sake."""
+    """A numpy view of an array or a CPU tensor (a copy for one on a device), without importing torch."""
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
     return np.asarray(value)
@@ -29,7 +29,7 @@ def typed_array(values: Any, dtype: Any) -> np.ndarray:
 
 
 def as_tensor(array: np.ndarray) -> Any:
-    """A torch view of `array` without a copy. Memory read from the dock is shared and read-only: clone before writing."""
+    """A torch view of `array` without a copy. What the dock gave is shared and read-only: clone before writing."""
     import torch
 
     with warnings.catch_warnings():

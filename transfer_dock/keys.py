@@ -6,13 +6,15 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
+
 
 class SampleKey(NamedTuple):
     """One sample: response `index` of prompt `group` in training step `step`. Orders as written."""
 
     step: int
     group: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a key
 
 
 GroupKey = tuple[int, int]
@@ -21,6 +23,15 @@ GroupKey = tuple[int, int]
 
 def group_of(key: SampleKey) -> GroupKey:
     return key.step, key.group
+
+
+def pack_keys(keys: Sequence[SampleKey]) -> np.ndarray:
+    """[S, 3] int64: what goes between processes; pickling thousands of named tuples costs more than all the rest."""
+    return np.array(keys, np.int64).reshape(-1, 3)
+
+
+def unpack_keys(packed: np.ndarray) -> list[SampleKey]:
+    return [SampleKey._make(row) for row in packed.tolist()]
 
 
 def _ranges(indices: Sequence[int]) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,55 +22,11 @@ from transfer_dock.errors import (
 )
 from transfer_dock.keys import GroupKey, SampleKey, describe_keys, group_of
 from transfer_dock.pool import Pool
-
-
-@dataclass
-class Block:
-    """The flat array of one put and column, wherever it lies; `live` unfinished samples still need it."""
-
-    ref: Any
-    nbytes: int
-    live: int = 0
-
-
-@dataclass
-class Sample:
-    """One sample. `missing` counts, by consumer, the columns that are not there; holders and finishers are leases."""
-
-    missing: dict[str, int]
-    digests: dict[str, bytes] = field(default_factory=dict)
-    places: dict[str, tuple[Block, int, int]] = field(default_factory=dict)
-    leased: dict[str, int] = field(default_factory=dict)
-    acked: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class Group:
-    """Every index that was ever put in this group, and how many held samples have each column."""
-
-    indices: set[int] = field(default_factory=set)
-    columns: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class LeaseRecord:
-    """What a consumer holds. A unit (a sample, or a group when whole groups were asked for) ends as one piece."""
-
-    consumer: str
-    deadline: float
-    whole_groups: bool
-    units: dict[Hashable, list[SampleKey]]
-    pending: dict[Hashable, set[SampleKey]]
-
-    def unit_of(self, key: SampleKey) -> Hashable:
-        return group_of(key) if self.whole_groups else key
-
-    def holds(self, key: SampleKey) -> bool:
-        return key in self.units.get(self.unit_of(key), ())
+from transfer_dock.records import Block, Group, LeaseRecord, Sample
 
 
 class Ledger:
-    """State of a dock. Times are seconds on the caller's monotonic clock; every method either succeeds or changes nothing.
+    """State of a dock. Times are seconds on the caller's monotonic clock; a method that raises has changed nothing.
 
     Args: dtypes of the columns by name; consumers: the columns that each reads; samples_per_group: samples that make a
     group complete; capacity_bytes: payload of unfinished samples and reservations; lease_timeout: seconds.
@@ -86,7 +41,8 @@ class Ledger:
         lease_timeout: float,
     ) -> None:
         self.dtypes, self.samples_per_group, self.lease_timeout = dict(dtypes), samples_per_group, lease_timeout
-        self.capacity_bytes, self.bytes_held, self.bytes_reserved = capacity_bytes, 0, 0
+        self.capacity_bytes = capacity_bytes
+        self.bytes_held = self.bytes_reserved = 0
         self.consumers = {name: tuple(dict.fromkeys(reads)) for name, reads in consumers.items()}
         self.readers: dict[str, list[str]] = {column: [] for column in dtypes}
         for consumer, reads in self.consumers.items():
@@ -140,7 +96,9 @@ class Ledger:
         added: dict[GroupKey, set[int]] = {}
         for key in keys:
             if key.step in self._closed_steps or key in self._retired.get(key.step, ()):
-                raise StepClosed(f"{describe_keys([key])} left the dock when its step was closed; it can't be put again")
+                raise StepClosed(
+                    f"{describe_keys([key])} left the dock when its step was closed; it can't be put again"
+                )
             added.setdefault(group_of(key), set()).add(key.index)
         for group, indices in added.items():
             known = self._groups[group].indices if group in self._groups else set()
@@ -148,11 +106,11 @@ class Ledger:
                 text = f"step {group[0]} group {group[1]} would have {len(known | indices)} samples"
                 raise InvalidRequest(f"{text}; the dock was created with samples_per_group={self.samples_per_group}")
 
-    def reserve(self, nbytes: int, deadline: float) -> int | None:
-        """Set `nbytes` aside until `deadline` for a put that is being written; None while the dock is too full."""
+    def reserve(self, nbytes: int, now: float) -> int | None:
+        """Set `nbytes` aside, for `lease_timeout` at most, for a put to be written; None while the dock is too full."""
         if self.bytes_held + self.bytes_reserved + nbytes > self.capacity_bytes:
             return None
-        ticket = self._ticket(deadline)
+        ticket = self._ticket(now + self.lease_timeout)
         self._reservations[ticket] = nbytes
         self.bytes_reserved += nbytes
         return ticket
@@ -169,7 +127,7 @@ class Ledger:
         Raises: DockTimeout when the reservation is over, and what `new_columns` raises.
         """
         if ticket not in self._reservations:
-            raise DockTimeout(f"the put of {describe_keys(keys)} was not written before its deadline")
+            raise DockTimeout(f"the put of {describe_keys(keys)} was not written within {self.lease_timeout:g} s")
         new = set(self.new_columns(keys, writes))
         self.cancel(ticket)
         woken: set[str] = set()
@@ -190,7 +148,7 @@ class Ledger:
             group.columns[column] = group.columns.get(column, 0) + 1
             self.groups_complete[column] += group.columns[column] == self.samples_per_group
             self.column_counts[column] += 1
-            if len(sample.acked) < len(self.consumers):
+            if not self._is_finished(sample):
                 sample.places[column] = (block, int(write.start[row]), int(write.length[row]))
                 block.live += 1
             for consumer in self.readers[column]:
@@ -251,7 +209,7 @@ class Ledger:
             places = [self.samples[key].places[column] for key in keys]
             # Held by identity: two blocks may wrap equal refs, and Block is mutable.
             numbers: dict[int, int] = {}
-            refs = []
+            refs: list[Any] = []
             for block, _, _ in places:
                 if id(block) not in numbers:
                     numbers[id(block)] = len(refs)
@@ -295,16 +253,18 @@ class Ledger:
         sample = self.samples[key]
         sample.acked[consumer] = ticket
         self.acked_counts[consumer] += 1
-        if len(sample.acked) == len(self.consumers):
+        if self._is_finished(sample):
             self._free(sample)
+
+    def _is_finished(self, sample: Sample) -> bool:
+        return len(sample.acked) == len(self.consumers)
 
     def _end_unit(self, ticket: int, record: LeaseRecord, key: SampleKey) -> list[SampleKey]:
         unit = record.unit_of(key)
         members = record.units.pop(unit)
         record.pending.pop(unit)
         for member in members:
-            if member in self.samples:
-                del self.samples[member].leased[record.consumer]
+            del self.samples[member].leased[record.consumer]
         self.leased_counts[record.consumer] -= len(members)
         if not record.units:
             del self.leases[ticket]
@@ -327,9 +287,14 @@ class Ledger:
         heapq.heappush(self._deadlines, (deadline, self._last_ticket))
         return self._last_ticket
 
+    def _is_open(self, ticket: int) -> bool:
+        return ticket in self.leases or ticket in self._reservations
+
     def next_deadline(self) -> float | None:
         """When the first open lease or reservation ends by itself."""
-        while self._deadlines and not (self._deadlines[0][1] in self.leases or self._deadlines[0][1] in self._reservations):
+        while self._deadlines and not (
+            self._deadlines[0][1] in self.leases or self._deadlines[0][1] in self._reservations
+        ):
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
@@ -350,11 +315,15 @@ class Ledger:
         """
         keys = [key for key in self.samples if key.step == step]
         if carry_unfinished:
-            keys = [key for key in keys if len(self.samples[key].acked) == len(self.consumers)]
+            keys = [key for key in keys if self._is_finished(self.samples[key])]
             self._retired.setdefault(step, set()).update(keys)
         else:
             self._closed_steps.add(step)
             self._retired.pop(step, None)
+        # Every lease on them ends first, so that a sample to drop is acknowledged, in a pool, or lacks columns.
+        for key in keys:
+            for ticket in list(self.samples[key].leased.values()):
+                self.release(ticket, [key])
         for key in keys:
             self._drop(key)
         if not carry_unfinished:
@@ -363,13 +332,19 @@ class Ledger:
         return len(keys)
 
     def _drop(self, key: SampleKey) -> None:
-        for consumer, ticket in list(self.samples[key].leased.items()):
-            self._end_unit(ticket, self.leases[ticket], key)
         sample = self.samples.pop(key)
-        for consumer, reads in self.consumers.items():
-            self.acked_counts[consumer] -= consumer in sample.acked
-            if not sample.missing[consumer] and consumer not in sample.acked and reads:
-                pass
+        for consumer, missing in sample.missing.items():
+            if consumer in sample.acked:
+                self.acked_counts[consumer] -= 1
+            elif not missing:
+                self.pools[consumer].remove(key)
+        group = self._groups[group_of(key)]
+        for column in sample.digests:
+            self.groups_complete[column] -= group.columns[column] == self.samples_per_group
+            group.columns[column] -= 1
+            self.column_counts[column] -= 1
+            if not self.column_counts[column]:
+                del self._layouts[column]
         self._free(sample)
 
     def _free(self, sample: Sample) -> None:
@@ -377,3 +352,22 @@ class Ledger:
             block.live -= 1
             self.bytes_held -= block.nbytes if not block.live else 0
         sample.places.clear()
+
+    def status(self) -> dict[str, Any]:
+        """Counts over the samples that the dock holds; plain numbers, no sample is visited."""
+        return {
+            "samples": len(self.samples),
+            "columns": dict(self.column_counts),
+            "groups_complete": dict(self.groups_complete),
+            "consumers": {
+                consumer: {
+                    "ready": len(self.pools[consumer].keys),
+                    "leased": self.leased_counts[consumer],
+                    "acked": self.acked_counts[consumer],
+                }
+                for consumer in self.consumers
+            },
+            "bytes_held": self.bytes_held,
+            "bytes_reserved": self.bytes_reserved,
+            "capacity_bytes": self.capacity_bytes,
+        }

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class ActorHybridWorker:
     """Trains and rolls out the policy on one card; made by `WorkerGroup`, or directly in a process of one's own.
 
-    Every rank gets the same calls in the same order, since both engines use collectives. Samples come from and go to the
-    dock; only small figures are returned.
+    Every rank gets the same calls in the same order, since both engines use collectives. Samples come from and go to
+    the dock; only small figures are returned.
 
     Args: config: the launch configuration as `dataclasses.asdict` gives it. rank, world_size: place among the workers.
     """
@@ -45,8 +45,8 @@ class ActorHybridWorker:
         """Load both engines; returns this rank's place in the layouts and the bytes each engine holds."""
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(self.rank), LOCAL_RANK=str(self.rank))
         os.environ.update(WORLD_SIZE=str(self.world_size), LOCAL_WORLD_SIZE=str(self.world_size))
-        from qerl_rl.platform.device import detect
-        from qerl_rl.platform.megatron import prepare_megatron
+
+        from qerl_rl.platform import detect, prepare_megatron
 
         device = detect(self.config.train.device)
         prepare_megatron(device)

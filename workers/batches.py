@@ -40,9 +40,7 @@ def to_samples(batch: Batch, columns: Sequence[str] = ()) -> Samples:
     from qerl_rl.train.samples import Samples
 
     prompts, responses = batch.columns["prompts"], batch.columns["responses"]
-    tokens = [
-        np.concatenate([prompts.row(row), responses.row(row)]).astype(np.int64) for row in range(len(batch.keys))
-    ]
+    tokens = [np.concatenate([prompts.row(row), responses.row(row)]).astype(np.int64) for row in range(len(batch.keys))]
     lengths = [len(responses.row(row)) for row in range(len(batch.keys))]
     return Samples(tokens, lengths, {name: _over_tokens(batch.columns[name], lengths) for name in columns})
 

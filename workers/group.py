@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,8 +56,8 @@ class Pending:
             return ray.get(call)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if getattr(error, "cause", None) is not None else error
-            message = f"{self._names[index]} failed: {type(cause).__name__}: {cause}\n{error.traceback_str}"
-            raise WorkerError(message) from None
+            trace = re.sub(r"\x1b\[\d+m", "", str(error))
+            raise WorkerError(f"{self._names[index]} failed: {type(cause).__name__}: {cause}\n{trace}") from None
         except ray.exceptions.RayError as error:
             reason = " ".join(str(error).split())
             raise WorkerError(f"{self._names[index]} died: {reason}") from None
@@ -94,8 +95,8 @@ class WorkerGroup:
         if not ready:
             has = ray.cluster_resources().get("CPU", 0)
             raise WorkerError(
-                f"the cluster has {has:.0f} CPUs and gave none of its {cluster.workers} workers x "
-                f"{cluster.cpus_per_worker} CPUs within fault.start_timeout_s={self.config.fault.start_timeout_s:.0f} s."
+                f"{cluster.workers} workers x {cluster.cpus_per_worker} CPUs found no place within "
+                f"fault.start_timeout_s={self.config.fault.start_timeout_s:.0f} s; the cluster has {has:.0f} CPUs."
             )
 
     def _start(self) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import resource
 from typing import Any
 
-import numpy as np
-
 from qerl_rl.config.loader import from_dict
 from transfer_dock import TransferDock
 
@@ -42,9 +40,9 @@ class RewardWorker:
             texts = self.tokenizer.batch_decode(list(batch.columns["responses"].rows()), skip_special_tokens=True)
             problems = list(zip(batch.columns["prompt_texts"], texts, batch.columns["answers"], strict=True))
             scores = self.scorer.score(problems)
-            dock.put({"rewards": np.asarray(scores.rewards, dtype=np.float32), "response_texts": texts}, batch.keys)
+            dock.put({"rewards": scores.values, "response_texts": texts}, batch.keys)
             dock.ack(batch)
-            failures += scores.failures
+            failures += len(scores.failures)
             done += len(batch.keys)
         return {"failures": float(failures)}
 
@@ -52,7 +50,7 @@ class RewardWorker:
         """Rewards of (prompt text, response tokens, answer) rows that do not travel through the dock (evaluation)."""
         texts = self.tokenizer.batch_decode([tokens for _, tokens, _ in problems], skip_special_tokens=True)
         rows = [(prompt, text, answer) for (prompt, _, answer), text in zip(problems, texts, strict=True)]
-        return list(self.scorer.score(rows).rewards)
+        return self.scorer.score(rows).values.tolist()
 
     def peak_bytes(self) -> int:
         """The most memory this process has held, in bytes."""

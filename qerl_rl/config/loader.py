@@ -124,6 +124,8 @@ def _value(hint: Any, value: Any, name: str, locate: KeyLocations) -> Any:
                 f"{name}={value!r} is not a mapping.", fix=f"write KEY: value lines below {name}:", where=locate(name)
             )
         return {str(key): str(item) for key, item in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
     # OmegaConf's own nodes convert and check plain values ("1e-3" is a float, "yes" is no bool).
     try:
         holder = OmegaConf.structured(dataclasses.make_dataclass("Holder", [("value", hint)]))

@@ -35,10 +35,10 @@ class MoeSizes:
     """Sizes of a small MoE model; `tied`, `norm_topk_prob` and `shared_expert_width` where the family knows them."""
 
     layers: int = 4
-    hidden: int = 64
+    hidden: int = 128
     heads: int = 4
     kv_heads: int = 2
-    head_dim: int = 16
+    head_dim: int = 32
     """Qwen3-MoE and Mixtral only; Qwen2-MoE has hidden / heads."""
     experts: int = 8
     top_k: int = 2
@@ -49,8 +49,11 @@ class MoeSizes:
     max_length: int = 512
 
 
-def build_moe(family: str, sizes: MoeSizes, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A float32 model of `family` (qwen3_moe, qwen2_moe or mixtral) with the vocabulary and the ends of `tokenizer`."""
+def build_moe(family: str, sizes: MoeSizes, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
+    """A float32 model of `family` (qwen3_moe, qwen2_moe or mixtral) with the vocabulary and the ends of `tokenizer`.
+
+    Its weights are HF's usual small ones, drawn by `seed` without touching the caller's random numbers.
+    """
     options: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": sizes.hidden,
@@ -80,8 +83,8 @@ def build_moe(family: str, sizes: MoeSizes, tokenizer: PreTrainedTokenizerBase) 
     if family == "qwen2_moe":
         options |= {"shared_expert_intermediate_size": sizes.shared_expert_width, "qkv_bias": True}
     config_class, model_class = _FAMILIES[family]
-    # The constructor draws its own initial weights; the caller's random numbers must not depend on it.
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         model = model_class(config_class(**options))
     return model.eval()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.schema import TrainConfig
 from qerl_rl.quant.checkpoint import read_config
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral")
@@ -14,7 +15,7 @@ FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral")
 
 @dataclass(frozen=True)
 class MoeArchitecture:
-    """Sizes and switches of the model; `expert_width` and `shared_expert_width` are MLP intermediate sizes (0: none)."""
+    """Sizes and switches of the model; `expert_width`, `shared_expert_width` are MLP intermediate sizes (0: none)."""
 
     family: str
     layers: int
@@ -126,6 +127,38 @@ def _reject_unsupported(config: dict[str, Any], where: str) -> None:
             value = config.get(key, config.get("rope_scaling"))
             raise ConfigError(
                 f"{key}={value} is not supported by the trainer.",
-                fix="use a model with MoE in every layer, full attention, plain rope, silu and two or more experts a token",
+                fix="use a model with MoE in every layer, full attention, plain rope, silu and top-2 routing or wider",
                 where=where,
             )
+
+
+def check_layout(architecture: MoeArchitecture, train: TrainConfig) -> None:
+    """Raise ConfigError when a parallel size of the trainer does not divide what it splits of this model."""
+    splits = [
+        ("tensor_parallel", "key-value heads", architecture.key_value_heads),
+        ("tensor_parallel", "intermediate columns of the shared expert", architecture.shared_expert_width),
+        ("pipeline_parallel", "layers", architecture.layers),
+        ("expert_parallel", "experts", architecture.experts),
+        ("expert_tensor_parallel", "intermediate columns of an expert", architecture.expert_width),
+    ]
+    for key, what, count in splits:
+        ways = getattr(train, key)
+        if count % ways:
+            fitting = [size for size in range(1, ways) if count % size == 0]
+            raise ConfigError(
+                f"train.{key}={ways} does not divide the model's {count} {what}.",
+                fix=f"set train.{key} to {' or '.join(map(str, fitting))}",
+            )
+    if train.tensor_parallel > 1 and not train.sequence_parallel:
+        raise ConfigError(
+            f"train.sequence_parallel=false with train.tensor_parallel={train.tensor_parallel} trains no MoE.",
+            fix="set train.sequence_parallel to true",
+        )
+    if train.token_dispatcher == "allgather" and (
+        train.pipeline_parallel > 1 or train.expert_parallel * train.expert_tensor_parallel > train.tensor_parallel
+    ):
+        # It gathers equal numbers of tokens from all expert-parallel ranks; packed micro-batches differ in theirs.
+        raise ConfigError(
+            "train.token_dispatcher=allgather needs all expert-parallel ranks to share their tokens.",
+            fix="set train.token_dispatcher to alltoall, or expert_parallel to at most tensor_parallel without pipeline",
+        )

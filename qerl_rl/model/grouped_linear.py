@@ -21,7 +21,9 @@ class Base:
 
     def workspace(self, dtype: torch.dtype) -> torch.Tensor | None:
         """[N, K] `dtype` that `group` dequantizes into, one group after the other; None when it has nothing to do."""
-        return None if self.scale is None else torch.empty(self.weight.shape[1:], dtype=dtype, device=self.weight.device)
+        return (
+            None if self.scale is None else torch.empty(self.weight.shape[1:], dtype=dtype, device=self.weight.device)
+        )
 
     def group(self, index: int, workspace: torch.Tensor | None) -> torch.Tensor:
         """The weight [N, K] of one group; with a workspace it is valid until the next call."""
@@ -41,7 +43,7 @@ class Adapter:
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """A quantized base is dequantized again in backward, so neither a float copy of it nor (without adapter) x is kept."""
+    """Dequantizes the base again in backward: no float copy of it is kept, and without adapter no x either."""
 
     @staticmethod
     def forward(

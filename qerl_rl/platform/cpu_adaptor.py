@@ -39,9 +39,9 @@ def apply() -> None:
 
     Raises: PatchError when megatron was imported before, or lacks what a patch replaces.
     """
-    imported = [name for name in sys.modules if name.split(".")[0] == "megatron"]
-    if imported:
-        raise PatchError(f"{imported[0]} is imported already: call prepare_megatron before any import of megatron")
+    # `megatron` alone is a namespace that libraries create when they only look whether megatron.core is installed.
+    if "megatron.core" in sys.modules:
+        raise PatchError("megatron.core is imported already: call prepare_megatron before anything imports it")
     for patch in (current_device, streams, random_state, device_arguments, tensor_type_names):
         patch()
     with compilation_off():
@@ -95,7 +95,7 @@ def streams() -> None:
 def random_state() -> None:
     """Megatron's RNG tracker seeds and reads the CUDA generators, of which there are none.
 
-    manual_seed goes to the default generator itself: torch.manual_seed calls torch.cuda.manual_seed_all and could recurse.
+    manual_seed goes to the default generator itself: torch.manual_seed calls back into torch.cuda and could recurse.
     """
     for module in (torch.cuda, torch.cuda.random):
         replace(module, "get_rng_state", lambda device="cuda": torch.get_rng_state())

@@ -1,4 +1,4 @@
-"""Layer modules for devices without Transformer Engine: RMSNorm under sequence parallelism, attention over packed sequences.
+"""Layer modules without Transformer Engine: RMSNorm under sequence parallelism, attention over packed sequences.
 
 Megatron's own local modules refuse both. They enter through the layer spec, not by patching. Import after
 `prepare_megatron`.
@@ -59,12 +59,13 @@ class PackedAttention(MegatronModule):
         """
         if packed_seq_params is None:
             mask = None if attention_mask is None else ~attention_mask
-            output = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), mask)
+            batched = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
+            output = self._attend(batched[0], batched[1], batched[2], mask)
             return output.permute(2, 0, 1, 3).flatten(2)
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        sequences = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
-        outputs = [self._attend(*(x.unsqueeze(0) for x in sequence), None)[0] for sequence in sequences]
-        return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
+        parts = [x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (query, key, value)]
+        outputs = [self._attend(q, k, v, None) for q, k, v in zip(*parts, strict=True)]
+        return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1).flatten(1)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None

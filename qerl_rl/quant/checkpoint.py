@@ -36,7 +36,9 @@ class CheckpointReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise ConfigError(f"model folder {self.path} does not exist.", fix="give the path of a HF checkpoint folder")
+            raise ConfigError(
+                f"model folder {self.path} does not exist.", fix="give the path of a HF checkpoint folder"
+            )
         # Before _files, so that close() also works when opening fails half-way.
         self._open: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
@@ -202,6 +204,8 @@ def quantize_checkpoint(
 
 def _copy_other_files(source: Path, out: Path) -> None:
     for file in source.iterdir():
-        is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
+        is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(
+            ".index.json"
+        )
         if file.is_file() and not is_weights and file.name != "config.json":
             shutil.copy2(file, out / file.name)

@@ -33,7 +33,7 @@ class SwapReport:
         return sum(self.seconds.values())
 
     def line(self) -> str:
-        """One line for the log: `swap to rollout 0.12 s (gather 0.03, ...) | moved 1.2 MiB | holds rollout/weights ...`."""
+        """One line for the log: seconds by stage, bytes moved, released and held."""
         stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.seconds.items())
         parts = [f"swap to {self.phase} {self.total_seconds:.2f} s ({stages})"]
         if self.moved_bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,8 +73,7 @@ class RewardScorer:
         self.close()
 
     def _score_here(self, sample: Sample) -> float | str:
-        score = float(self._function(*sample))
-        return score if math.isfinite(score) else f"returned {score}"
+        return self._function(*sample)
 
     def _score_in_process(self, sample: Sample) -> float | str:
         process = self._idle.get()

@@ -1,0 +1,202 @@
+"""The Megatron model of this rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from qerl_rl.config.schema import LoraConfig, TrainConfig
+from qerl_rl.model.adapted import WeightFormat
+from qerl_rl.model.architecture import MoeArchitecture, check_layout
+from qerl_rl.model.experts import StackedExperts
+from qerl_rl.model.linear import ColumnLinear, RowLinear
+from qerl_rl.model.lora import initialize_adapters
+from qerl_rl.model.parallel import current_sizes, initialize_parallel
+from qerl_rl.model.slots import padded_vocabulary
+from qerl_rl.platform.cpu_modules import PackedAttention, RMSNorm
+
+__all__ = ["build_model", "initialize_parallel", "transformer_config"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# A logit that no token can have: its probability is exactly 0 and p * log p stays 0, which -inf would turn into NaN.
+NO_TOKEN = -1e30
+
+
+def build_model(
+    architecture: MoeArchitecture,
+    train: TrainConfig,
+    lora: LoraConfig | None,
+    quantized: bool,
+    *,
+    seed: int = 1,
+) -> GPTModel:
+    """Megatron's GPTModel of this rank, in train.dtype, with first adapters but base weights that `load_hf` must fill.
+
+    Needs `prepare_megatron` and `initialize_parallel`. It takes packed sequences: model(input_ids [1, T], position_ids
+    [1, T], attention_mask=None, packed_seq_params=PackedSeqParams(qkv_format="thd", ...)) gives logits [1, T,
+    vocabulary of this rank] (T divisible by tensor_parallel), `NO_TOKEN` in columns that pad the vocabulary.
+    With `lora` only adapters train; a quantized base without it trains norms, router, embeddings and biases.
+    Float16Module is not needed: parameters are created in train.dtype.
+    Raises: ConfigError when the layout does not fit the model.
+    """
+    sizes = current_sizes()
+    check_layout(architecture, train)
+    config = transformer_config(architecture, train)
+    trains_base = lora is None
+    model = GPTModel(
+        config,
+        _block_spec(architecture, lora, quantized, architecture.layers // sizes.pipeline),
+        vocab_size=padded_vocabulary(architecture, sizes),
+        max_sequence_length=architecture.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+        # Megatron sums the gradients of both copies of a tied embedding, and fails when a frozen one has none.
+        share_embeddings_and_output_weights=architecture.tied_embeddings and (sizes.pipeline == 1 or trains_base),
+    )
+    model.lora = lora
+    if lora is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("_lora_" in name)
+        initialize_adapters(model, architecture, seed)
+        if model.pre_process:
+            # Recomputed layers whose input needs no gradient get none at all, without any error.
+            model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    if model.post_process:
+        _mask_vocabulary_padding(model, architecture.vocabulary_size)
+    return model
+
+
+def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> TransformerConfig:
+    """Megatron's configuration of the model and the layout."""
+    dtype = DTYPES[train.dtype]
+    return TransformerConfig(
+        num_layers=architecture.layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.attention_heads,
+        num_query_groups=architecture.key_value_heads,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.expert_width,
+        moe_ffn_hidden_size=architecture.expert_width,
+        moe_shared_expert_intermediate_size=architecture.shared_expert_width or None,
+        num_moe_experts=architecture.experts,
+        moe_router_topk=architecture.experts_per_token,
+        moe_router_pre_softmax=not architecture.normalized_top_k,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type=train.token_dispatcher,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=train.tensor_parallel,
+        pipeline_model_parallel_size=train.pipeline_parallel,
+        expert_model_parallel_size=train.expert_parallel,
+        expert_tensor_parallel_size=train.expert_tensor_parallel,
+        sequence_parallel=train.tensor_parallel > 1,
+        variable_seq_lengths=train.pipeline_parallel > 1,
+        batch_p2p_comm=False,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **_recompute(train.recompute),
+    )
+
+
+def _recompute(kind: str) -> dict[str, Any]:
+    if kind == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if kind == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]}
+    return {}
+
+
+def _block_spec(
+    architecture: MoeArchitecture, lora: LoraConfig | None, quantized: bool, layers: int
+) -> TransformerBlockSubmodules:
+    """Megatron's local layer spec with this project's norm, attention, linear layers and experts in it."""
+    norm = RMSNorm
+    head_norm = norm if architecture.qk_norm else IdentityOp
+    attention_format = WeightFormat(quantized, lora if lora and lora.attention else None)
+    column, row = _linear_specs(attention_format)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=column,
+            core_attention=PackedAttention,
+            linear_proj=row,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+    experts_format = WeightFormat(quantized, lora if lora and lora.experts else None)
+    shared_column, shared_row = _linear_specs(WeightFormat(quantized, None))
+    shared_submodules = MLPSubmodules(linear_fc1=shared_column, linear_fc2=shared_row)
+    experts = MoESubmodules(
+        experts=ModuleSpec(module=StackedExperts, params={"weights": experts_format}),
+        shared_experts=ModuleSpec(module=SharedExpertMLP, params={"gate": True}, submodules=shared_submodules),
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MoELayer, submodules=experts),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def _linear_specs(weights: WeightFormat) -> tuple[Any, Any]:
+    """Column- and row-parallel linear layer: Megatron's own where the weights are plain."""
+    if not weights.quantized and weights.lora is None:
+        return ColumnParallelLinear, RowParallelLinear
+    params = {"weights": weights}
+    return ModuleSpec(module=ColumnLinear, params=params), ModuleSpec(module=RowLinear, params=params)
+
+
+def _mask_vocabulary_padding(model: GPTModel, vocabulary_size: int) -> None:
+    """Give the columns that pad the vocabulary no probability; only the last tensor-parallel rank may have any."""
+    columns = model.vocab_size // parallel_state.get_tensor_model_parallel_world_size()
+    real = vocabulary_size - parallel_state.get_tensor_model_parallel_rank() * columns
+    if real >= columns:
+        return
+
+    def mask(module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
+        output[0][..., real:] = NO_TOKEN
+
+    model.output_layer.register_forward_hook(mask)

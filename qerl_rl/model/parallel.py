@@ -1,0 +1,83 @@
+"""Process groups of the training layout."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.schema import TrainConfig
+from qerl_rl.layout.blocks import Coordinates, ParallelSizes
+
+
+def parallel_sizes(train: TrainConfig) -> ParallelSizes:
+    """The layout of a launch file."""
+    return ParallelSizes(
+        train.tensor_parallel, train.pipeline_parallel, train.expert_parallel, train.expert_tensor_parallel
+    )
+
+
+def initialize_parallel(train: TrainConfig, seed: int = 1) -> None:
+    """Create Megatron's process groups for the layout of `train` and seed its random-number tracker.
+
+    Call after `prepare_megatron` and torch.distributed.init_process_group, once a process.
+    Raises: ConfigError when the sizes don't fit the number of processes.
+    """
+    world = torch.distributed.get_world_size()
+    sizes = parallel_sizes(train)
+    for product, keys in (
+        (sizes.tensor * sizes.pipeline, "tensor_parallel x train.pipeline_parallel"),
+        (
+            sizes.expert * sizes.expert_tensor * sizes.pipeline,
+            "expert_parallel x train.expert_tensor_parallel x train.pipeline_parallel",
+        ),
+    ):
+        if world % product:
+            raise ConfigError(
+                f"train.{keys} = {product} does not divide the {world} workers.",
+                fix=f"choose sizes whose product divides {world}",
+            )
+    if sizes.expert_tensor not in (1, sizes.tensor):
+        raise ConfigError(
+            f"train.expert_tensor_parallel={sizes.expert_tensor} is neither 1 nor tensor_parallel={sizes.tensor}.",
+            fix=f"set train.expert_tensor_parallel to 1 or {sizes.tensor}",
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor,
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def current_sizes() -> ParallelSizes:
+    """The layout of the process groups that exist."""
+    return ParallelSizes(
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
+
+
+def current_coordinates() -> Coordinates:
+    """Where this rank stands."""
+    return Coordinates(
+        rank=torch.distributed.get_rank(),
+        tensor=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline=parallel_state.get_pipeline_model_parallel_rank(),
+        data=parallel_state.get_data_parallel_rank(),
+        expert=parallel_state.get_expert_model_parallel_rank(),
+        expert_tensor=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_data=parallel_state.get_expert_data_parallel_rank(),
+    )
+
+
+def all_coordinates() -> list[Coordinates]:
+    """Where every rank of the world stands, by global rank. Collective."""
+    found: list[Coordinates] = [None] * torch.distributed.get_world_size()  # type: ignore[list-item]
+    torch.distributed.all_gather_object(found, current_coordinates())
+    return found

@@ -1,0 +1,240 @@
+"""Where each HF tensor, and each adapter of the exchange format, lies in the Megatron model.
+
+A slot is one Megatron tensor: its block (how the full tensor is split over ranks) and its pieces (which named tensors
+it consists of). Loading, export and the adapter exchange all read this one table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qerl_rl.config.schema import LoraConfig
+from qerl_rl.layout.blocks import Block, ParallelSizes
+from qerl_rl.model.architecture import MoeArchitecture
+
+FIRST_STAGE = -1
+"""The `layer` of what lies before the layers; `architecture.layers` is the one of what follows them."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A named tensor [shape]: `index` into the block gives its elements, in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    index: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One Megatron tensor. `name` is relative to its layer, or to the model outside of layers."""
+
+    layer: int
+    name: str
+    block: Block
+    pieces: tuple[Piece, ...]
+    quantizable: bool = False
+    exported: bool = True
+
+    def scales(self) -> Slot:
+        """The slot of a quantized weight's scales: one number for each row."""
+        columns = len(self.block.shape) - 1
+        split_dim = None if self.block.split_dim == columns else self.block.split_dim
+        block = replace(self.block, shape=(*self.block.shape[:-1], 1), split_dim=split_dim)
+        pieces = tuple(replace(p, name=f"{p.name}_scale", shape=(*p.shape[:-1], 1)) for p in self.pieces)
+        return replace(self, name=f"{self.name}_scale", block=block, pieces=pieces)
+
+    def stage(self, layers: int, sizes: ParallelSizes) -> int:
+        """The pipeline stage that holds it."""
+        return min(max(self.layer, 0) // (layers // sizes.pipeline), sizes.pipeline - 1)
+
+    def module_path(self, layers: int, sizes: ParallelSizes) -> str:
+        """Dotted name of the tensor in the model of its stage."""
+        if not 0 <= self.layer < layers:
+            return self.name
+        return f"decoder.layers.{self.layer % (layers // sizes.pipeline)}.{self.name}"
+
+
+def find_tensor(model: torch.nn.Module, path: str) -> torch.Tensor:
+    """The parameter or buffer with this dotted name."""
+    module, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(module), name)
+
+
+def weight_slots(architecture: MoeArchitecture, sizes: ParallelSizes) -> list[Slot]:
+    """Slots of all weights, in the order of the model."""
+    slots = [_embedding(architecture, sizes)]
+    for layer in range(architecture.layers):
+        slots += _attention_slots(architecture, layer)
+        slots += _expert_slots(architecture, layer)
+        slots += _shared_expert_slots(architecture, layer)
+    slots.append(_whole(architecture.layers, "decoder.final_layernorm.weight", "model.norm.weight", architecture))
+    if not architecture.tied_embeddings or sizes.pipeline > 1:
+        slots.append(_output_layer(architecture, sizes))
+    return slots
+
+
+def padded_vocabulary(architecture: MoeArchitecture, sizes: ParallelSizes) -> int:
+    """Rows of the embedding: the vocabulary, rounded up to a multiple of the tensor-parallel ranks."""
+    return -(-architecture.vocabulary_size // sizes.tensor) * sizes.tensor
+
+
+def _whole(layer: int, name: str, hf_name: str, architecture: MoeArchitecture, *shape: int) -> Slot:
+    shape = shape or (architecture.hidden_size,)
+    return Slot(layer, name, Block(shape), (Piece(hf_name, shape),))
+
+
+def _vocabulary(architecture: MoeArchitecture, sizes: ParallelSizes, hf_name: str) -> tuple[Block, tuple[Piece, ...]]:
+    rows, hidden = architecture.vocabulary_size, architecture.hidden_size
+    block = Block((padded_vocabulary(architecture, sizes), hidden), split_dim=0)
+    return block, (Piece(hf_name, (rows, hidden), (slice(0, rows),)),)
+
+
+def _embedding(architecture: MoeArchitecture, sizes: ParallelSizes) -> Slot:
+    block, pieces = _vocabulary(architecture, sizes, "model.embed_tokens.weight")
+    return Slot(FIRST_STAGE, "embedding.word_embeddings.weight", block, pieces)
+
+
+def _output_layer(architecture: MoeArchitecture, sizes: ParallelSizes) -> Slot:
+    tied = architecture.tied_embeddings
+    block, pieces = _vocabulary(architecture, sizes, "model.embed_tokens.weight" if tied else "lm_head.weight")
+    return Slot(architecture.layers, "output_layer.weight", block, pieces, exported=not tied)
+
+
+def _qkv_pieces(architecture: MoeArchitecture, prefix: str, suffix: str, columns: tuple[int, ...]) -> tuple[Piece, ...]:
+    """q, k and v in Megatron's block [key-value heads, query heads of one + 2, head_dim, ...]."""
+    queries = architecture.attention_heads // architecture.key_value_heads
+    everything = slice(None)
+    return (
+        Piece(f"{prefix}q_proj.{suffix}", (architecture.query_size, *columns), (everything, slice(0, queries))),
+        Piece(f"{prefix}k_proj.{suffix}", (architecture.key_value_size, *columns), (everything, queries)),
+        Piece(f"{prefix}v_proj.{suffix}", (architecture.key_value_size, *columns), (everything, queries + 1)),
+    )
+
+
+def _qkv_block(architecture: MoeArchitecture, columns: tuple[int, ...]) -> Block:
+    heads = architecture.attention_heads // architecture.key_value_heads + 2
+    return Block((architecture.key_value_heads, heads, architecture.head_dim, *columns), split_dim=0)
+
+
+def _attention_slots(architecture: MoeArchitecture, layer: int) -> list[Slot]:
+    prefix, hidden = f"model.layers.{layer}.", architecture.hidden_size
+    attention = f"{prefix}self_attn."
+
+    def linear_qkv(name: str, *columns: int) -> Slot:
+        pieces = _qkv_pieces(architecture, attention, name, columns)
+        block = _qkv_block(architecture, columns)
+        return Slot(layer, f"self_attention.linear_qkv.{name}", block, pieces, quantizable=name == "weight")
+
+    slots = [
+        _whole(layer, "input_layernorm.weight", f"{prefix}input_layernorm.weight", architecture),
+        linear_qkv("weight", hidden),
+    ]
+    if architecture.qkv_bias:
+        slots.append(linear_qkv("bias"))
+    if architecture.qk_norm:
+        for kind in "qk":
+            norm = f"self_attention.{kind}_layernorm.weight"
+            slots.append(_whole(layer, norm, f"{attention}{kind}_norm.weight", architecture, architecture.head_dim))
+    shape = (hidden, architecture.query_size)
+    pieces = (Piece(f"{attention}o_proj.weight", shape),)
+    slots.append(Slot(layer, "self_attention.linear_proj.weight", Block(shape, 1), pieces, quantizable=True))
+    post = f"{prefix}post_attention_layernorm.weight"
+    return [*slots, _whole(layer, "pre_mlp_layernorm.weight", post, architecture)]
+
+
+def _expert_slots(architecture: MoeArchitecture, layer: int) -> list[Slot]:
+    prefix = f"model.layers.{layer}.{architecture.mlp_name}."
+    experts, width, hidden = architecture.experts, architecture.expert_width, architecture.hidden_size
+    gate, up, down = architecture.expert_weight_names
+    w13 = [
+        Piece(f"{prefix}experts.{expert}.{name}.weight", (width, hidden), (expert, row))
+        for expert in range(experts)
+        for row, name in enumerate((gate, up))
+    ]
+    w2 = [Piece(f"{prefix}experts.{expert}.{down}.weight", (hidden, width), (expert,)) for expert in range(experts)]
+    w13_block, w2_block = _expert_blocks(architecture)
+    return [
+        _whole(layer, "mlp.router.weight", f"{prefix}gate.weight", architecture, experts, hidden),
+        Slot(layer, "mlp.experts.w13", w13_block, tuple(w13), quantizable=True),
+        Slot(layer, "mlp.experts.w2", w2_block, tuple(w2), quantizable=True),
+    ]
+
+
+def _expert_blocks(architecture: MoeArchitecture) -> tuple[Block, Block]:
+    experts, width, hidden = architecture.experts, architecture.expert_width, architecture.hidden_size
+    return Block((experts, 2, width, hidden), 2, is_expert=True), Block((experts, hidden, width), 2, is_expert=True)
+
+
+def _shared_expert_slots(architecture: MoeArchitecture, layer: int) -> list[Slot]:
+    width, hidden = architecture.shared_expert_width, architecture.hidden_size
+    if not width:
+        return []
+    prefix = f"model.layers.{layer}.{architecture.mlp_name}."
+    shared = f"{prefix}shared_expert."
+    gate_up = tuple(
+        Piece(f"{shared}{name}.weight", (width, hidden), (row,)) for row, name in enumerate(("gate_proj", "up_proj"))
+    )
+    down = (Piece(f"{shared}down_proj.weight", (hidden, width)),)
+    gate = f"{prefix}shared_expert_gate.weight"
+    return [
+        Slot(layer, "mlp.shared_experts.linear_fc1.weight", Block((2, width, hidden), 1), gate_up, quantizable=True),
+        Slot(layer, "mlp.shared_experts.linear_fc2.weight", Block((hidden, width), 1), down, quantizable=True),
+        _whole(layer, "mlp.shared_experts.gate_weight", gate, architecture, 1, hidden),
+    ]
+
+
+def adapter_slots(architecture: MoeArchitecture, lora: LoraConfig) -> list[Slot]:
+    """Slots of all adapters; a piece is a tensor of the exchange format.
+
+    The rows of a qkv_proj B come as three pieces named ...lora_B:q, :k and :v, which are concatenated in this order.
+    """
+    slots = []
+    for layer in range(architecture.layers):
+        if lora.attention:
+            slots += _attention_adapters(architecture, layer, lora.rank)
+        if lora.experts:
+            slots += _expert_adapters(architecture, layer, lora.rank)
+    return slots
+
+
+def _attention_adapters(architecture: MoeArchitecture, layer: int, rank: int) -> list[Slot]:
+    prefix, hidden = f"model.layers.{layer}.self_attn.", architecture.hidden_size
+    megatron = "self_attention.linear_"
+    query = architecture.query_size
+    qkv_b = tuple(
+        replace(piece, name=f"{prefix}qkv_proj.lora_B:{kind}")
+        for kind, piece in zip("qkv", _qkv_pieces(architecture, "", "", (rank,)), strict=True)
+    )
+    return [
+        _whole(layer, f"{megatron}qkv.weight_lora_A", f"{prefix}qkv_proj.lora_A", architecture, rank, hidden),
+        Slot(layer, f"{megatron}qkv.weight_lora_B", _qkv_block(architecture, (rank,)), qkv_b),
+        Slot(
+            layer,
+            f"{megatron}proj.weight_lora_A",
+            Block((rank, query), 1),
+            (Piece(f"{prefix}o_proj.lora_A", (rank, query)),),
+        ),
+        _whole(layer, f"{megatron}proj.weight_lora_B", f"{prefix}o_proj.lora_B", architecture, hidden, rank),
+    ]
+
+
+def _expert_adapters(architecture: MoeArchitecture, layer: int, rank: int) -> list[Slot]:
+    prefix = f"model.layers.{layer}.mlp.experts."
+    experts, width, hidden = architecture.experts, architecture.expert_width, architecture.hidden_size
+
+    def slot(name: str, shape: tuple[int, ...], block: Block) -> Slot:
+        return Slot(layer, f"mlp.experts.{name.replace('.', '_')}", block, (Piece(prefix + name, shape),))
+
+    w13_b = Block((experts, 2, width, rank), 2, is_expert=True)
+    shapes = {
+        "w13.lora_A": ((experts, rank, hidden), None),
+        "w2.lora_A": ((experts, rank, width), 2),
+        "w2.lora_B": ((experts, hidden, rank), None),
+    }
+    slots = [slot(name, shape, Block(shape, split, is_expert=True)) for name, (shape, split) in shapes.items()]
+    slots.insert(1, slot("w13.lora_B", (experts, 2 * width, rank), w13_b))
+    return slots

@@ -1,0 +1,127 @@
+"""Expert layers with an adapter inside each expert: int8 products expert by expert instead of the fused kernel.
+
+The fused CPU kernel goes from tokens to the weighted sum in one call, and an adapter has to act in its middle (before
+SwiGLU). Here the tokens are grouped by expert and each group passes the same packed int8 weights, so the weights are
+stored once whichever path runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+TOKENS_PER_PASS = 1024
+"""Bounds the memory of a prefill: a pass holds top_k * (hidden + 2 * intermediate) float32 numbers a token."""
+
+
+class ExpertsWithAdapters:
+    """The expert computation of one layer on one rank.
+
+    gate_up_weight: int8 [experts, 2 * intermediate, hidden + 4] and down_weight: int8 [experts, hidden, intermediate + 4],
+    as torch.ops._C.convert_weight_packed packs them; scales: float32 [experts, rows, 1]. Adapters: float32, the scale
+    inside B; gate_up_a [experts, rank, hidden], gate_up_b [experts, 2 * intermediate, rank], down_a [experts, rank,
+    intermediate], down_b [experts, hidden, rank]. They are read at every call: update them in place.
+    """
+
+    def __init__(
+        self,
+        weights: tuple[torch.Tensor, torch.Tensor],
+        scales: tuple[torch.Tensor, torch.Tensor],
+        gate_up_a: torch.Tensor,
+        gate_up_b: torch.Tensor,
+        down_a: torch.Tensor,
+        down_b: torch.Tensor,
+    ) -> None:
+        self.experts = gate_up_a.shape[0]
+        self.gate_up = _per_expert(weights[0], scales[0], gate_up_a, gate_up_b)
+        self.down = _per_expert(weights[1], scales[1], down_a, down_b)
+        self.intermediate, self.hidden = gate_up_b.shape[1] // 2, gate_up_a.shape[2]
+
+    def __call__(
+        self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, local_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum over each token's experts.
+
+        Args: hidden_states bfloat16 [tokens, hidden]; topk_weights float32 [tokens, k]; local_ids int [tokens, k], the
+        number of the expert on this rank or -1 for one that is elsewhere.
+        Returns: float32 [tokens, hidden].
+        """
+        tokens, top_k = local_ids.shape
+        ids = local_ids.flatten()
+        counts = torch.bincount(ids + 1, minlength=self.experts + 1).tolist()
+        order = ids.argsort(stable=True)[counts[0] :]
+        output = torch.zeros(tokens, self.hidden)
+        if len(order) == 0:
+            return output
+        token = order.div(top_k, rounding_mode="floor")
+        rows = hidden_states[token]
+        gate_up = _grouped_linear(rows, rows.float(), self.gate_up, counts[1:], 2 * self.intermediate)
+        activated = torch.empty(len(order), self.intermediate)
+        torch.ops._C.silu_and_mul(activated, gate_up)
+        down = _grouped_linear(activated.to(rows.dtype), activated, self.down, counts[1:], self.hidden)
+        down.mul_(topk_weights.flatten()[order].unsqueeze(1))
+        # Each expert's share is rounded, as in the fused kernel, before they are summed: the sum of two experts is then
+        # the same bits whether one rank holds both or the ranks' bfloat16 outputs are added.
+        return output.index_add_(0, token, down.to(rows.dtype).float())
+
+
+Linear = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _per_expert(weight: torch.Tensor, scale: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> list[Linear]:
+    """Views of each expert's packed weight, scale, A^T and B^T."""
+    return list(zip(weight, scale, a.transpose(1, 2), b.transpose(1, 2), strict=True))
+
+
+def _grouped_linear(
+    rows: torch.Tensor, rows32: torch.Tensor, linears: list[Linear], counts: list[int], width: int
+) -> torch.Tensor:
+    """Each expert's linear with its adapter over its group of rows; float32 [rows, width]."""
+    output = torch.empty(len(rows), width)
+    groups = zip(linears, rows.split(counts), rows32.split(counts), output.split(counts), counts, strict=True)
+    for (weight, scale, a_t, b_t), group, group32, result, count in groups:
+        if count:
+            result.copy_(torch.ops._C.int8_scaled_mm_with_quant(group, weight, scale, None, group.dtype, True))
+            result.addmm_(torch.mm(group32, a_t), b_t)
+    return output
+
+
+def attach_expert_path(
+    layer: Any, gate_up_a: torch.Tensor, gate_up_b: torch.Tensor, down_a: torch.Tensor, down_b: torch.Tensor
+) -> None:
+    """Make vLLM's expert layer compute with these adapters, on the int8 weights that it holds.
+
+    Raises: RuntimeError when the layer's weights are not those of the int8 CPU kernel.
+    """
+    kernel = layer.quant_method.moe_kernel.fused_experts
+    if type(kernel).__name__ != "CPUExpertsInt8":
+        raise RuntimeError(f"expert adapters need int8 (W8A8) experts; this engine computes with {type(kernel).__name__}")
+    experts = ExpertsWithAdapters(
+        (layer.w13_weight, layer.w2_weight),
+        (layer.w13_weight_scale, layer.w2_weight_scale),
+        gate_up_a,
+        gate_up_b,
+        down_a,
+        down_b,
+    )
+
+    def apply(
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        *unused: Any,
+        **unused_options: Any,
+    ) -> None:
+        local_ids = topk_ids.long() if expert_map is None else expert_map[topk_ids.long()].long()
+        passes = (tensor.split(TOKENS_PER_PASS) for tensor in (output, hidden_states, topk_weights, local_ids))
+        for result, *inputs in zip(*passes, strict=True):
+            result.copy_(experts(*inputs))
+
+    kernel.apply = apply

@@ -1,0 +1,221 @@
+"""The rollout engine on vLLM, inside the worker's own process."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from qerl_rl.config.schema import LoraConfig, RolloutConfig
+from qerl_rl.rollout.adapters import AdapterSet
+from qerl_rl.rollout.engine import GroupOutput, GroupRequest
+from qerl_rl.rollout.environment import configure_environment
+from qerl_rl.rollout.kv_cache import KvCacheMemory
+from qerl_rl.rollout.norm_noise import NormNoise
+
+
+class VllmEngine:
+    """One rank of the engine; see `RolloutEngine` for what its methods do.
+
+    Construct it on every rank of tensor_parallel x data_parallel, with the default process group (gloo) initialised and
+    RANK and LOCAL_RANK set; a single process needs neither. With expert_parallel, data-parallel ranks step together;
+    without, each of them is an engine of its own. max_length: tokens of prompt and response together.
+    """
+
+    def __init__(
+        self, model_path: str | Path, rollout: RolloutConfig, lora: LoraConfig, *, max_length: int, seed: int
+    ) -> None:
+        configure_environment()
+        self._rollout, self._max_length = rollout, max_length
+        self._stop_tokens = end_of_sequence_tokens(Path(model_path))
+        with _process_state_kept(), warnings.catch_warnings():
+            # vLLM touches names that torch has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            from vllm import LLMEngine
+
+            from qerl_rl.rollout.vllm_patches import apply_patches
+
+            apply_patches()
+            self._engine = LLMEngine.from_engine_args(_engine_args(model_path, rollout, max_length, seed))
+        runner = self._engine.model_executor.driver_worker.worker.model_runner
+        self._weights = sum(tensor.nbytes for tensor in _tensors_of(runner.model))
+        self._adapters = AdapterSet(runner.model, lora) if lora.attention or lora.experts else None
+        self._noise = NormNoise(runner.model)
+        self._kv_cache = KvCacheMemory(runner.kv_caches)
+
+    def generate(
+        self, requests: Sequence[GroupRequest], *, temperature: float | None = None, greedy: bool = False
+    ) -> Iterator[GroupOutput]:
+        """Yield each group when its last sample is finished; iterate to the end on every rank.
+
+        Closed early, it drops what is unfinished. Raises: RuntimeError while the KV cache is released; ValueError for a
+        group number given twice or a prompt that leaves no room for a response.
+        """
+        if self._kv_cache.nbytes == 0:
+            raise RuntimeError("generate() while the KV cache is released: call restore_kv_cache() first")
+        waiting = {request.group: _Collector(request) for request in requests}
+        if len(waiting) != len(requests):
+            raise ValueError("two requests have the same group number")
+        temperature = 0.0 if greedy else self._rollout.temperature if temperature is None else temperature
+        names = [name for request in requests for name in self._add(request, temperature)]
+        try:
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    group, index = map(int, output.request_id.split(":"))
+                    if waiting[group].finish(index, output.outputs[0]):
+                        yield waiting.pop(group).output()
+        finally:
+            if waiting:
+                self._engine.abort_request(names)
+
+    def _add(self, request: GroupRequest, temperature: float) -> list[str]:
+        """Hand the samples of a group to the engine; returns their names."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        room = self._max_length - len(request.prompt_tokens)
+        if room < 1:
+            raise ValueError(
+                f"group {request.group}: a prompt of {len(request.prompt_tokens)} tokens leaves no room for a response "
+                f"(max_length {self._max_length})"
+            )
+        names = []
+        for index in range(request.samples):
+            params = SamplingParams(
+                temperature=temperature,
+                top_p=self._rollout.top_p,
+                top_k=self._rollout.top_k,
+                seed=sample_seed(request.seed, index),
+                max_tokens=min(self._rollout.max_response_tokens, room),
+                stop_token_ids=self._stop_tokens,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                # One array of numbers instead of a dictionary of objects a token.
+                logprobs=0,
+                flat_logprobs=True,
+            )
+            names.append(f"{request.group}:{index}")
+            prompt = TokensPrompt(prompt_token_ids=request.prompt_tokens.tolist())
+            self._engine.add_request(names[-1], prompt, params)
+        return names
+
+    def set_adapters(self, tensors: Mapping[str, torch.Tensor]) -> int:
+        """Copy this rank's slices into the layers, scaled; cached prefixes of the old policy are forgotten."""
+        if self._adapters is None:
+            raise RuntimeError("set_adapters() on an engine built with lora.attention and lora.experts off")
+        taken = self._adapters.update(tensors)
+        self._engine.reset_prefix_cache()
+        return taken
+
+    def set_noise(self, sigma: float, seed: int, step: int) -> None:
+        """See RolloutEngine; cached prefixes computed under other noise are forgotten."""
+        self._noise.set(sigma, seed, step)
+        self._engine.reset_prefix_cache()
+
+    def release_kv_cache(self) -> int:
+        """See RolloutEngine. Raises: RuntimeError while samples are being generated."""
+        if self._engine.get_num_unfinished_requests():
+            raise RuntimeError("release_kv_cache() while samples are being generated")
+        self._engine.reset_prefix_cache()
+        return self._kv_cache.release()
+
+    def restore_kv_cache(self) -> None:
+        """See RolloutEngine."""
+        self._kv_cache.restore()
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of this rank's weights (its shard, as packed), adapters and KV cache."""
+        adapters = 0 if self._adapters is None else self._adapters.nbytes
+        return {"weights": self._weights, "adapters": adapters, "kv_cache": self._kv_cache.nbytes}
+
+
+class _Collector:
+    """The finished samples of one group."""
+
+    def __init__(self, request: GroupRequest) -> None:
+        self.group = request.group
+        self._samples: list[Any] = [None] * request.samples
+        self._missing = request.samples
+
+    def finish(self, index: int, sample: Any) -> bool:
+        """Keep a finished sample; True when it was the last."""
+        self._samples[index] = sample
+        self._missing -= 1
+        return self._missing == 0
+
+    def output(self) -> GroupOutput:
+        return GroupOutput(
+            self.group,
+            [np.asarray(sample.token_ids, dtype=np.int32) for sample in self._samples],
+            [np.asarray(sample.logprobs.logprobs, dtype=np.float32) for sample in self._samples],
+            [sample.finish_reason for sample in self._samples],
+        )
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of sample `index` of a group: hashed, so that groups with neighbouring seeds share no sample."""
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def end_of_sequence_tokens(folder: Path) -> list[int]:
+    """Token ids that end a response, from generation_config.json or else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            return found if isinstance(found, list) else [found]
+    return []
+
+
+def _engine_args(model_path: str | Path, rollout: RolloutConfig, max_length: int, seed: int) -> Any:
+    from vllm import EngineArgs
+
+    return EngineArgs(
+        model=str(model_path),
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        dtype=rollout.dtype,
+        max_model_len=max_length,
+        max_num_seqs=rollout.max_sequences,
+        max_num_batched_tokens=rollout.max_batched_tokens,
+        kv_cache_memory_bytes=rollout.kv_cache_bytes,
+        enable_prefix_caching=rollout.prefix_caching,
+        enforce_eager=rollout.enforce_eager,
+        tensor_parallel_size=rollout.tensor_parallel,
+        data_parallel_size=rollout.data_parallel if rollout.expert_parallel else 1,
+        enable_expert_parallel=rollout.expert_parallel and rollout.tensor_parallel * rollout.data_parallel > 1,
+        distributed_executor_backend="external_launcher" if dist.is_initialized() else "uni",
+        logprobs_mode="processed_logprobs",
+        seed=seed,
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+    )
+
+
+def _tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
+    return list(tensors.values())
+
+
+@contextlib.contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """Undo what constructing vLLM does to its process: it seeds every generator and disables set_num_threads."""
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    set_num_threads = torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

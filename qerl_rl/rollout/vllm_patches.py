@@ -1,0 +1,202 @@
+"""Changes to vLLM 0.32 that the engine needs, one function each; `apply_patches` applies those the platform needs."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_applied: set[str] = set()
+SHARED_MEMORY = "/dev/shm"
+
+
+def apply_patches() -> None:
+    """Apply every patch once. Call it after `configure_environment()` and before an engine is constructed."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        for patch in (
+            unique_shared_memory_names,
+            unlink_shared_memory_early,
+            cpu_experts_honour_expert_map,
+            int8_experts_without_amx,
+            cpu_communicator_gathers_unequal_parts,
+            numa_policy_left_alone,
+        ):
+            if patch.__name__ not in _applied:
+                patch()
+                _applied.add(patch.__name__)
+
+
+def _existing(owner: Any, name: str) -> Any:
+    """The attribute a patch replaces; raises RuntimeError where this vLLM has none."""
+    if not hasattr(owner, name):
+        raise RuntimeError(f"vLLM has no {getattr(owner, '__name__', owner)}.{name}: a patch of qerl_rl.rollout is out of date")
+    return getattr(owner, name)
+
+
+def unique_shared_memory_names() -> None:
+    """Name the shared memory of a group after a token that its first rank draws.
+
+    Without it the names are the same in every job (under external_launcher they hold neither port nor process): two jobs
+    on a machine read each other's buffers, and leftovers of a killed one make the next start fail with errno 17.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    original: Callable[[Any], str] = _existing(_CPUSHMDistributed, "make_group_name")
+
+    def make_group_name(communicator: Any) -> str:
+        if not hasattr(communicator, "shared_memory_token"):
+            token = [uuid.uuid4().hex[:16]]
+            dist.broadcast_object_list(token, src=communicator.ranks[0], group=communicator.cpu_group)
+            communicator.shared_memory_token = token[0]
+        # The host is part of it: a group over two machines finds its names unequal and falls back to gloo.
+        name = f"{communicator.shared_memory_token}-{os.uname().nodename}-{original(communicator)}"
+        return name.replace("/", "_")
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+
+
+def unlink_shared_memory_early() -> None:
+    """Remove the names of a group's shared memory as soon as every rank has mapped it.
+
+    Without it a killed process leaves its segments in /dev/shm (64 MiB and more of memory) until the machine restarts.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    original = _existing(_CPUSHMDistributed, "_init_cpu_shm")
+
+    @functools.wraps(original)
+    def init_cpu_shm(self: Any) -> int:
+        handle = original(self)
+        # `original` ends with a barrier: from here on nobody opens the segments by name.
+        if self.communicator.rank_in_group == 0:
+            for name in os.listdir(SHARED_MEMORY):
+                if self.group_name in name:
+                    os.unlink(os.path.join(SHARED_MEMORY, name))
+        return handle
+
+    _CPUSHMDistributed._init_cpu_shm = init_cpu_shm
+
+
+def cpu_experts_honour_expert_map() -> None:
+    """Give the CPU expert kernels local expert ids, and weight 0 for experts of other ranks.
+
+    Without it they index the local experts with global ids: expert parallel reads past the weights and segfaults (bf16)
+    or is refused (int8).
+    """
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    for owner in (_existing(cpu_moe, "CPUUnquantizedExperts"), _existing(cpu_moe, "CPUExpertsInt8")):
+        owner.apply = _with_local_experts(_existing(owner, "apply"))
+        owner.supports_expert_map = lambda self: True
+
+
+def _with_local_experts(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def apply(
+        self: Any,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        *rest: Any,
+        **options: Any,
+    ) -> None:
+        if expert_map is not None:
+            local = expert_map[topk_ids.long()]
+            topk_weights = topk_weights.masked_fill(local < 0, 0.0)
+            topk_ids = local.clamp_min(0).to(topk_ids.dtype)
+        original(
+            self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map,
+            *rest, **options,
+        )  # fmt: skip
+
+    return apply
+
+
+def int8_experts_without_amx() -> None:
+    """Let the int8 CPU experts run on x86 with AVX512-VNNI.
+
+    Without it they demand AMX, and a W8A8 MoE model is refused ("No Int8 MoE backend supports ...") on CPUs that have
+    none, although the kernel takes its VNNI path there. Below VNNI the kernel aborts the process, so the gate stays.
+    """
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    owner = _existing(cpu_moe, "CPUExpertsInt8")
+    original = _existing(owner, "_supports_current_device")
+    vnni = _existing(torch.cpu, "_is_vnni_supported")
+    owner._supports_current_device = staticmethod(lambda: original() or vnni())
+
+
+def cpu_communicator_gathers_unequal_parts() -> None:
+    """Give the CPU communicator all_gatherv and reduce_scatterv, for any group that has more than one rank.
+
+    Without them data parallel with expert parallel raises NotImplementedError at the first expert layer: the tokens of
+    all data-parallel ranks are gathered for the experts, and their outputs summed and handed back.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    for name in ("all_gatherv", "reduce_scatterv"):
+        _existing(CpuCommunicator, name)
+        if name in vars(CpuCommunicator):
+            raise RuntimeError(f"vLLM's CpuCommunicator has its own {name} now: drop the patch of qerl_rl.rollout")
+    CpuCommunicator.all_gatherv = _all_gatherv
+    CpuCommunicator.reduce_scatterv = _reduce_scatterv
+
+
+def _all_gatherv(
+    self: Any, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
+) -> torch.Tensor | list[torch.Tensor]:
+    """Concatenate the ranks' tensors [sizes[rank], ...] along dim 0; a list is gathered in one message."""
+    if dim != 0:
+        raise NotImplementedError(f"all_gatherv along dim {dim}")
+    tensors = input_ if isinstance(input_, list) else [input_]
+    rows = tensors[0].shape[0]
+    sizes = sizes or [rows] * self.world_size
+    widths = [tensor.element_size() * math.prod(tensor.shape[1:]) for tensor in tensors]
+    padded = torch.zeros(max(sizes), sum(widths), dtype=torch.uint8)
+    for tensor, part in zip(tensors, padded.split(widths, dim=1), strict=True):
+        part[:rows] = tensor.contiguous().view(torch.uint8).view(rows, part.shape[1])
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded, group=self.device_group)
+    whole = torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+    outputs = [
+        part.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
+        for tensor, part in zip(tensors, whole.split(widths, dim=1), strict=True)
+    ]
+    return outputs if isinstance(input_, list) else outputs[0]
+
+
+def _reduce_scatterv(
+    self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
+) -> torch.Tensor:
+    """Sum the ranks' tensors [sum(sizes), ...] and keep this rank's sizes[rank] rows."""
+    if dim % input_.dim() != 0:
+        raise NotImplementedError(f"reduce_scatterv along dim {dim}")
+    total = input_.contiguous().clone()
+    dist.all_reduce(total, group=self.device_group)
+    sizes = sizes or [total.shape[0] // self.world_size] * self.world_size
+    start = sum(sizes[: self.rank_in_group])
+    return total[start : start + sizes[self.rank_in_group]].clone()
+
+
+def numa_policy_left_alone() -> None:
+    """Don't let the engine set this process' memory policy.
+
+    Without it every later allocation of the process, the trainer's too, is bound strictly to one NUMA node, and a
+    warning says so on stderr.
+    """
+    _existing(torch.ops._C, "init_cpu_memory_env")
+    torch.ops._C.init_cpu_memory_env = lambda nodes: None

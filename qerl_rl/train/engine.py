@@ -1,0 +1,273 @@
+"""The trainer of one rank: a Megatron model with its optimizer, over packed samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from qerl_rl.config.schema import Config
+from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.platform import detect, prepare_megatron
+from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.train import checkpoint
+from qerl_rl.train.exchange import largest_over, sum_over_ranks
+from qerl_rl.train.offload import Offloader, SpillFile, StateStore
+from qerl_rl.train.packing import Pack, make_pack, partition_alike
+from qerl_rl.train.samples import Samples
+
+if TYPE_CHECKING:
+    from qerl_rl.train.passes import LossFunction
+
+Aggregation = Literal["token_mean", "sequence_mean"]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """log_probs and entropy in nats: per sample float32 [response_length], in the order of the samples."""
+
+    log_probs: list[np.ndarray]
+    entropy: list[np.ndarray]
+
+
+class TrainEngine:
+    """Trains the adapters (or, with lora.rank 0 over an unquantized base, everything) of the model at config.model.path.
+
+    Runs on every rank; the caller has initialised the default process group. All methods are collective, and ranks of
+    one data-parallel rank pass the same samples. `store` takes the state that leaves memory; by default an unlinked
+    file in the folder for temporary files.
+    Raises: ConfigError for a model or a layout that can't be used.
+    """
+
+    def __init__(self, config: Config, store: StateStore | None = None) -> None:
+        self.config = config
+        device = detect(config.train.device)
+        prepare_megatron(device)
+        # These import megatron, which must see the prepared process.
+        from qerl_rl.model.build import build_model
+        from qerl_rl.model.parallel import initialize_parallel
+        from qerl_rl.model.weight_map import load_hf
+        from qerl_rl.train.passes import Passes
+        from qerl_rl.train.state import build_state
+
+        self.device = device.current()
+        initialize_parallel(config.train, seed=config.run.seed)
+        self.architecture = MoeArchitecture.from_folder(config.model.path)
+        lora = config.lora if config.lora.rank > 0 else None
+        self.has_adapters = lora is not None
+        model = build_model(self.architecture, config.train, lora, config.quant.format == "w8a8", seed=config.run.seed)
+        with CheckpointReader(config.model.path) as reader:
+            load_hf(model, reader, self.architecture)
+        self._state = build_state(model, config.train)
+        self._passes = Passes(
+            self._state.ddp,
+            vocabulary=self.architecture.vocabulary_size,
+            temperature=config.rollout.temperature,
+        )
+        self._offloader = Offloader(store or SpillFile())
+        self._state.track(self._offloader)
+        self.updates = 0
+        """Optimizer updates done."""
+
+    # ---- where this rank is
+
+    @property
+    def _parallel(self) -> Any:
+        from megatron.core import parallel_state
+
+        return parallel_state
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self._parallel.get_data_parallel_rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self._parallel.get_data_parallel_world_size()
+
+    @property
+    def is_output_rank(self) -> bool:
+        """Whether `log_probs` returns its result here: tensor-parallel rank 0 of the last pipeline stage."""
+        return self._parallel.is_pipeline_last_stage() and self._parallel.get_tensor_model_parallel_rank() == 0
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The GPTModel of this rank."""
+        return self._state.model
+
+    # ---- compute
+
+    def log_probs(self, samples: Samples, *, adapters: bool = True) -> TokenScores | None:
+        """Log-probs of the response tokens and entropies at logits / rollout.temperature, on `is_output_rank` else None.
+
+        adapters=False gives those of the reference: the base model, whatever has been trained since.
+        """
+        self._require_state("log_probs")
+        packs = self._packs(samples)
+        if adapters:
+            found = self._passes.scores(packs)
+        else:
+            from qerl_rl.model.lora import adapters_disabled
+
+            with adapters_disabled(self.model):
+                found = self._passes.scores(packs)
+        if not self.is_output_rank:
+            return None
+        return _by_sample(samples, packs, found)
+
+    def update(
+        self, samples: Samples, loss_function: LossFunction, *, aggregation: Aggregation = "token_mean"
+    ) -> dict[str, float]:
+        """One optimizer update on the samples of all data-parallel ranks.
+
+        The loss of each token counts alike (token_mean), or that of each sample (sequence_mean), whatever the layout
+        and the micro-batches.
+
+        Args: loss_function(log_probs [T], entropy [T], columns {name: [T]}, token_weights [T]) -> (loss, metrics): the
+            sum over the T tokens of weight * loss with its gradients, and sums over the tokens by name.
+        Returns, the same on every rank: each metric divided by all response tokens, `loss` (divided by all tokens or
+            samples), `grad_norm` (before clipping) and `learning_rate`.
+        Raises: ValueError when no rank has a response token; FloatingPointError when the gradient norm is not finite.
+        """
+        self._require_state("update")
+        if aggregation not in ("token_mean", "sequence_mean"):
+            raise ValueError(f"aggregation {aggregation!r} is neither token_mean nor sequence_mean")
+        by_sequence = aggregation == "sequence_mean"
+        packs = self._packs(samples)
+        learning_rate = self._learning_rate()
+        self._state.set_learning_rate(learning_rate)
+        self._state.zero_gradients()
+        sums = self._passes.accumulate_gradients(packs, loss_function, by_sequence=by_sequence)
+        counts = {"#tokens": float(samples.response_tokens), "#samples": float(len(samples))}
+        totals = sum_over_ranks({**sums, **counts} if self.is_output_rank else {}, self.device)
+        tokens, sequences = totals.pop("#tokens"), totals.pop("#samples")
+        if not tokens:
+            raise ValueError("update got no response token on any rank")
+        _, grad_norm, _ = self._state.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"the gradient norm of update {self.updates + 1} is {grad_norm}")
+        self.updates += 1
+        metrics = {name: value / tokens for name, value in totals.items() if name != "loss"}
+        loss = totals["loss"] / (sequences if by_sequence else tokens)
+        return {**metrics, "loss": loss, "grad_norm": float(grad_norm), "learning_rate": learning_rate}
+
+    def _packs(self, samples: Samples) -> list[Pack]:
+        train = self.config.train
+        group = self._parallel.get_data_parallel_group()
+        batches = partition_alike(
+            samples.lengths, train.micro_batch_tokens, lambda count: largest_over(group, count, self.device)
+        )
+        return [make_pack(samples, batch, train.tensor_parallel, self.device) for batch in batches]
+
+    def _learning_rate(self) -> float:
+        warmup = self.config.train.warmup_steps
+        return self.config.train.learning_rate * min(1.0, (self.updates + 1) / max(warmup, 1))
+
+    # ---- memory
+
+    def offload(self) -> dict[str, int]:
+        """Move out of memory what config.swap names. Returns the bytes that left, by kind."""
+        self._state.track(self._offloader)
+        swap = self.config.swap
+        switches = {
+            "parameters": swap.offload_parameters,
+            "gradients": swap.offload_gradients,
+            "optimizer": swap.offload_optimizer,
+        }
+        return self._offloader.offload(kind for kind, switch in switches.items() if switch)
+
+    def onload(self) -> dict[str, int]:
+        """Bring everything back (gradients as zeros). Returns the bytes that came back, by kind."""
+        return self._offloader.onload()
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of train state in memory now: parameters, gradients, optimizer."""
+        return self._offloader.held_bytes()
+
+    def _require_state(self, purpose: str) -> None:
+        if self._offloader.is_away:
+            raise RuntimeError(f"{purpose} needs the train state in memory: call onload() first")
+
+    # ---- adapters and checkpoints
+
+    def gather_adapters(self) -> dict[str, torch.Tensor]:
+        """All adapters, unsharded, float32, in the exchange format; on every rank."""
+        self._require_state("gather_adapters")
+        if not self.has_adapters:
+            return {}
+        from qerl_rl.model.lora import gather_adapters
+
+        return gather_adapters(self.model, self.architecture)
+
+    def load_adapters(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set the adapters from the exchange format, of whatever layout; Adam's moments stay as they are."""
+        self._require_state("load_adapters")
+        from qerl_rl.model.lora import load_adapters
+
+        load_adapters(self.model, self.architecture, dict(tensors))
+        self._state.optimizer.reload_model_params()
+
+    def save_checkpoint(self, folder: str | Path, step: int) -> None:
+        """Write all that training needs to go on bit for bit; config.checkpoint.keep of them stay in `folder`."""
+        self._require_state("save_checkpoint")
+        from qerl_rl.train import snapshot
+
+        rank = dist.get_rank()
+        checkpoint.save_rank(folder, step, rank, snapshot.take(self._state), self.gather_adapters(), dist.barrier)
+        if rank == 0:
+            meta = {"updates": self.updates, "layout": self._layout()}
+            checkpoint.finish(folder, step, meta, self.config.checkpoint.keep)
+        dist.barrier()
+
+    def load_checkpoint(self, folder: str | Path) -> int:
+        """Continue from the newest complete checkpoint in `folder`; returns its step.
+
+        Raises: ConfigError when there is none, it is broken, or another layout wrote it.
+        """
+        self._require_state("load_checkpoint")
+        from qerl_rl.train import snapshot
+
+        meta = checkpoint.load_meta(folder, self._layout())
+        snapshot.restore(self._state, checkpoint.load_rank(folder, meta["step"], dist.get_rank()))
+        self.updates = meta["updates"]
+        return meta["step"]
+
+    def export(self, folder: str | Path) -> None:
+        """Write the trained model for other programs; see `qerl_rl.train.export`."""
+        self._require_state("export")
+        from qerl_rl.train.export import export_model
+
+        export_model(self, Path(folder))
+
+    def _layout(self) -> dict[str, Any]:
+        train, lora = self.config.train, self.config.lora
+        return {
+            "ranks": dist.get_world_size(),
+            "train.tensor_parallel": train.tensor_parallel,
+            "train.pipeline_parallel": train.pipeline_parallel,
+            "train.expert_parallel": train.expert_parallel,
+            "train.expert_tensor_parallel": train.expert_tensor_parallel,
+            "train.dtype": train.dtype,
+            "lora.rank": lora.rank,
+            "lora.attention": lora.attention,
+            "lora.experts": lora.experts,
+        }
+
+
+def _by_sample(
+    samples: Samples, packs: Sequence[Pack], found: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> TokenScores:
+    """Scores of packs, cut into those of each sample and put in the order of the samples."""
+    scores: tuple[list[np.ndarray], list[np.ndarray]] = ([np.empty(0)] * len(samples), [np.empty(0)] * len(samples))
+    for pack, values in zip(packs, found, strict=True):
+        lengths = pack.response_lengths.tolist()
+        for by_sample, flat in zip(scores, values, strict=True):
+            for index, part in zip(pack.indices, flat.cpu().split(lengths), strict=True):
+                by_sample[index] = part.numpy()
+    return TokenScores(*scores)

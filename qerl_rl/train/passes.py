@@ -1,0 +1,105 @@
+"""Forward and backward passes over packed micro-batches, through Megatron's schedules. Import after `prepare_megatron`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from qerl_rl.train.packing import Pack
+from qerl_rl.train.scores import vocab_parallel_scores
+
+LossFunction = Callable[
+    [torch.Tensor, torch.Tensor, dict[str, torch.Tensor], torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]
+]
+
+
+class Passes:
+    """Runs the model of this rank over packs. Results are known on the last pipeline stage only.
+
+    Args: model: DDP around the GPTModel. vocabulary: real vocabulary entries. temperature: divides the logits.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, vocabulary: int, temperature: float) -> None:
+        self._model, self._vocabulary, self._temperature = model, vocabulary, temperature
+
+    def scores(self, packs: Sequence[Pack]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(log_probs [N], entropy [N]) float32 of the response tokens of each pack, without gradients."""
+
+        def collect(pack: Pack, log_probs: torch.Tensor, entropy: torch.Tensor) -> tuple:
+            return log_probs.sum(), pack.response_lengths.sum().int(), (log_probs, entropy)
+
+        with torch.no_grad():
+            return self._run(packs, collect, forward_only=True)
+
+    def accumulate_gradients(
+        self, packs: Sequence[Pack], loss_function: LossFunction, *, by_sequence: bool
+    ) -> dict[str, float]:
+        """Add the gradients of all packs of all ranks to the gradient buffers, divided by the global number of response
+        tokens, or of sequences when `by_sequence`.
+
+        Returns: sums over this rank's response tokens: `loss` and what the loss function names.
+        """
+
+        def weigh(pack: Pack, log_probs: torch.Tensor, entropy: torch.Tensor) -> tuple:
+            if not len(pack.targets):
+                # A loss function may divide by its tokens; the collectives of backward need a graph all the same.
+                return log_probs.sum(), torch.tensor(len(pack.indices) * by_sequence, dtype=torch.int), {}
+            weights = torch.ones_like(log_probs)
+            normalizer = pack.response_lengths.sum()
+            if by_sequence:
+                weights = (1.0 / pack.response_lengths).repeat_interleave(pack.response_lengths)
+                normalizer = torch.tensor(len(pack.indices))
+            loss, metrics = loss_function(log_probs, entropy, pack.columns, weights)
+            sums = {name: float(value) for name, value in {"loss": loss, **metrics}.items()}
+            return loss, normalizer.int(), sums
+
+        totals: dict[str, float] = {}
+        for sums in self._run(packs, weigh, forward_only=False):
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return totals
+
+    def _run(self, packs: Sequence[Pack], finish: Callable[..., tuple], *, forward_only: bool) -> list[Any]:
+        """`finish` makes Megatron's (loss, normalizer, result) of a pack and its scores; the results come in order."""
+
+        def forward(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., tuple]]:
+            pack = next(iterator)
+            output = model(pack.tokens, pack.position_ids, None, packed_seq_params=_packed(pack))
+            return output, lambda logits: finish(pack, *self._score(logits, pack))
+
+        return get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(packs),
+            model=[self._model],
+            num_microbatches=len(packs),
+            # Shapes differ by pack: the stages tell each other (variable_seq_lengths), this only has to be a number.
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _score(self, logits: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores of the response tokens from logits [1, T, V / tensor_parallel]."""
+        return vocab_parallel_scores(
+            logits[0].index_select(0, pack.positions),
+            pack.targets,
+            temperature=self._temperature,
+            vocabulary=self._vocabulary,
+            first=parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1],
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+
+
+def _packed(pack: Pack) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=pack.cumulative_lengths,
+        cu_seqlens_kv=pack.cumulative_lengths,
+        max_seqlen_q=pack.longest,
+        max_seqlen_kv=pack.longest,
+    )

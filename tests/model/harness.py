@@ -1,0 +1,126 @@
+"""What the tests of the model share: build it on this rank, run packed sequences through it, collect gradients."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qerl_rl.config.schema import LoraConfig, TrainConfig
+from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.platform import detect, prepare_megatron
+from qerl_rl.quant.checkpoint import CheckpointReader
+
+LENGTHS = [7, 1, 22, 12, 6]
+"""Tokens of the packed sequences: 48 together, which two tensor-parallel ranks can halve."""
+
+
+def start(train: TrainConfig, port: int | None = None) -> None:
+    """Process group and Megatron's groups for `train`; with a port, of a world that is this process alone."""
+    prepare_megatron(detect("cpu"))
+    if port is not None:
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    from megatron.core import parallel_state
+
+    from qerl_rl.model.build import initialize_parallel
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    initialize_parallel(train)
+
+
+@dataclass
+class Loaded:
+    architecture: MoeArchitecture
+    model: Any
+    reader: CheckpointReader
+
+
+def load(folder: Path, train: TrainConfig, lora: LoraConfig | None = None) -> Loaded:
+    """The model of this rank with the weights of `folder`; its format decides whether the base is int8."""
+    from qerl_rl.model.build import build_model
+    from qerl_rl.model.weight_map import load_hf
+
+    architecture, reader = MoeArchitecture.from_folder(folder), CheckpointReader(folder)
+    quantized = any(reader.is_quantized(name) for name in reader)
+    model = build_model(architecture, train, lora, quantized)
+    load_hf(model, reader, architecture)
+    return Loaded(architecture, model, reader)
+
+
+def sequences(vocabulary_size: int, lengths: list[int] | None = None) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, vocabulary_size, (length,), generator=generator) for length in lengths or LENGTHS]
+
+
+def packed(tokens: list[torch.Tensor]) -> dict[str, Any]:
+    """Arguments of GPTModel for packed sequences."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    lengths = [len(sequence) for sequence in tokens]
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    longest = max(lengths)
+    return {
+        "input_ids": torch.cat(tokens)[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "attention_mask": None,
+        "packed_seq_params": PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=starts,
+            cu_seqlens_kv=starts,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
+    }
+
+
+def loss_and_gradients(loaded: Loaded, tokens: list[torch.Tensor]) -> float:
+    """Sum of the next-token losses through Megatron's schedule, its gradients in `.grad`; 0.0 off the last stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    arguments = packed(tokens)
+    labels = arguments["input_ids"].roll(-1, 1)
+
+    def forward(batches: Any, model: Any) -> Any:
+        output = model(**arguments, labels=labels)
+
+        def loss(per_token: torch.Tensor) -> Any:
+            total = per_token.float().sum()
+            return total, torch.tensor(per_token.numel(), dtype=torch.int), {"loss": total.detach()}
+
+        return output, loss
+
+    results = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=None,
+        model=[loaded.model],
+        num_microbatches=1,
+        seq_length=arguments["input_ids"].size(1),
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    return float(results[0]["loss"]) if results else 0.0
+
+
+def summed_gradients(loaded: Loaded) -> dict[str, torch.Tensor]:
+    """Gradients of the adapters in the exchange format, when every data-parallel rank had the same tokens."""
+    from megatron.core import parallel_state
+
+    from qerl_rl.model.lora import gather_adapters
+
+    for parameter in loaded.model.parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, "an adapter got no gradient"
+            own_group = not getattr(parameter, "allreduce", True)
+            group = (
+                parallel_state.get_expert_data_parallel_group if own_group else parallel_state.get_data_parallel_group
+            )
+            dist.all_reduce(parameter.grad, group=group())
+            parameter.data.copy_(parameter.grad / parallel_state.get_data_parallel_world_size())
+    return gather_adapters(loaded.model, loaded.architecture)

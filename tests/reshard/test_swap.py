@@ -1,0 +1,166 @@
+"""After a swap the rollout engine serves the trainer's policy: real engines, two ranks, ten updates between."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.ranks import run_ranks
+
+PROMPTS = [
+    [5, 9, 11, 7, 12, 6],
+    [8, 6, 13],
+    [10, 5, 5, 9],
+    [14, 7],
+    [6, 12, 9, 9, 11],
+    [13, 13, 5],
+    [7, 8],
+    [9, 10, 14, 5],
+]
+RESPONSE_TOKENS = 32
+UPDATES = 10
+
+
+def base_config(model, folder, train, rollout):
+    from qerl_rl.config.loader import from_dict
+
+    sections = {
+        "run": {"output_dir": str(folder), "seed": 3},
+        "model": {"path": str(model), "max_length": 64},
+        "train": {"learning_rate": 5e-3, "micro_batch_tokens": 512, **train},
+        "rollout": {"max_response_tokens": RESPONSE_TOKENS, "max_sequences": 16, "kv_cache_bytes": 8 << 20, **rollout},
+    }
+    import dataclasses
+
+    from qerl_rl.config.schema import Config
+
+    values = dataclasses.asdict(Config())
+    for name, keys in sections.items():
+        values[name].update(keys)
+    return from_dict(values)
+
+
+def start_worker(config):
+    """A worker as Ray would make it, in this process."""
+    import dataclasses
+
+    from workers import ActorHybridWorker
+
+    worker = ActorHybridWorker(dataclasses.asdict(config), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    worker.start(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    return worker
+
+
+def greedy(engine):
+    """All ranks answer all prompts, so that results can be compared whatever the layout."""
+    from qerl_rl.rollout.engine import GroupRequest
+
+    requests = [GroupRequest(i, np.array(prompt, dtype=np.int32), 1, 7) for i, prompt in enumerate(PROMPTS)]
+    outputs = {output.group: output for output in engine.generate(requests, greedy=True)}
+    tokens = [outputs[i].responses[0] for i in range(len(PROMPTS))]
+    return tokens, [outputs[i].log_probs[0] for i in range(len(PROMPTS))]
+
+
+def samples_of(responses, advantages=None):
+    from qerl_rl.train.samples import Samples
+
+    tokens = [np.concatenate([p, r]).astype(np.int64) for p, r in zip(PROMPTS, responses, strict=True)]
+    columns = {}
+    if advantages is not None:
+        columns["advantages"] = [
+            np.full(len(r), a, dtype=np.float32) for r, a in zip(responses, advantages, strict=True)
+        ]
+    return Samples(tokens, [len(r) for r in responses], columns)
+
+
+def policy_gradient(log_probs, entropy, columns, token_weights):
+    loss = -(token_weights * columns["advantages"] * log_probs).sum()
+    return loss, {"entropy": entropy.detach().sum()}
+
+
+def share(samples, worker):
+    size = worker.train.data_parallel_size
+    return samples.select(list(range(worker.train.data_parallel_rank, len(PROMPTS), size)))
+
+
+def difference(worker, responses, log_probs):
+    """Sum of |engine - trainer| over this rank's tokens, and their number; (0, 0) on ranks without output."""
+    samples = share(samples_of(responses), worker)
+    scores = worker.train.log_probs(samples)
+    if scores is None:
+        return 0.0, 0
+    own = log_probs[worker.train.data_parallel_rank :: worker.train.data_parallel_size]
+    gaps = np.abs(np.concatenate(own) - np.concatenate(scores.log_probs))
+    return float(gaps.sum()), len(gaps)
+
+
+def train_and_swap(model, folder, train, rollout):
+    worker = start_worker(base_config(model, folder, train, rollout))
+    worker.swap_to_rollout(0)
+    before_tokens, before_log_probs = greedy(worker.rollout)
+    held_in_rollout = worker.swap.held_bytes()
+    report = worker.swap_to_train()
+    before = difference(worker, before_tokens, before_log_probs)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], len(PROMPTS))
+    for _ in range(UPDATES):
+        worker.train.update(share(samples_of(before_tokens, signs), worker), policy_gradient, aggregation="token_mean")
+    worker.swap_to_rollout(0)
+    after_tokens, after_log_probs = greedy(worker.rollout)
+    worker.swap_to_train()
+    after = difference(worker, after_tokens, after_log_probs)
+    worker.export(str(Path(folder) / "export"))
+    return {
+        "before": before,
+        "after": after,
+        "tokens": (before_tokens, after_tokens),
+        "log_probs": after_log_probs,
+        "held_in_rollout": held_in_rollout,
+        "held_in_train": report.held_bytes,
+    }
+
+
+def fresh_engine(model, folder, config_sections):
+    """An engine that never saw the trainer, loaded from the checkpoint and the exported adapter."""
+    import torch
+    from qerl_rl.rollout.vllm_engine import VllmEngine
+
+    from qerl_rl.train.exchange import read_adapter
+
+    torch.distributed.init_process_group("gloo")
+    config = base_config(model, folder, {}, config_sections)
+    engine = VllmEngine(str(model), config.rollout, config.lora, max_length=64, seed=3)
+    engine.set_adapters(read_adapter(Path(folder) / "export" / "adapter"))
+    return greedy(engine)
+
+
+LAYOUTS = [
+    ({"expert_parallel": 2}, {"data_parallel": 2}),
+    ({"tensor_parallel": 2}, {"tensor_parallel": 2, "data_parallel": 1}),
+    ({"pipeline_parallel": 2}, {"tensor_parallel": 2, "data_parallel": 1, "expert_parallel": False}),
+]
+
+
+@pytest.mark.parametrize(("train", "rollout"), LAYOUTS, ids=["ep2-to-dp2ep2", "tp2-to-tp2ep2", "pp2-to-tp2"])
+def test_the_engine_follows_the_trainer_through_ten_updates(tmp_path, tiny_w8a8, train, rollout):
+    model = tiny_w8a8("qwen3_moe")
+    ranks = run_ranks(train_and_swap, 2, model, tmp_path, train, rollout)
+
+    def mean(when):
+        return sum(rank[when][0] for rank in ranks) / sum(rank[when][1] for rank in ranks)
+
+    old, new = ranks[0]["tokens"]
+    assert any(not np.array_equal(a, b) for a, b in zip(old, new, strict=True)), "ten updates changed no answer"
+    assert mean("after") <= mean("before")
+
+    held = ranks[0]["held_in_rollout"], ranks[0]["held_in_train"]
+    assert held[0]["train/optimizer"] == held[0]["train/gradients"] == held[0]["train/parameters"] == 0
+    assert held[0]["rollout/kv_cache"] > 0
+    assert held[1]["rollout/kv_cache"] == 0
+    assert held[1]["train/parameters"] > 0
+
+    fresh_tokens, fresh_log_probs = run_ranks(fresh_engine, 2, model, tmp_path, rollout)[0]
+    for after, fresh in zip(new, fresh_tokens, strict=True):
+        np.testing.assert_array_equal(after, fresh)
+    for after, fresh in zip(ranks[0]["log_probs"], fresh_log_probs, strict=True):
+        np.testing.assert_allclose(after, fresh, atol=1e-3)

@@ -1,0 +1,163 @@
+"""Whole runs through launch.py: real Ray, real vLLM, real Megatron, two workers."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REQUIRED = {
+    "step", "reward/mean", "reward/std", "entropy", "kl/reference", "mismatch/kl", "time/rollout_s", "time/swap_s",
+    "time/reward_s", "time/log_probs_s", "time/update_s", "time/total_s", "tokens_per_s/rollout", "tokens_per_s/train",
+    "memory/peak_bytes",
+}  # fmt: skip
+
+LAYOUTS = {
+    "train-ep2-rollout-dp2ep2": ["train.expert_parallel=2", "rollout.data_parallel=2"],
+    "train-tp2ep2-rollout-tp2": [
+        "train.tensor_parallel=2",
+        "train.expert_parallel=2",
+        "rollout.tensor_parallel=2",
+        "rollout.data_parallel=1",
+    ],
+}
+
+
+def command(model, folder, *overrides):
+    sizes = [
+        "run.steps=2",
+        "algorithm.prompts_per_step=8",
+        "algorithm.samples_per_prompt=4",
+        "algorithm.prompts_per_mini_batch=4",
+        "noise.stages=2",
+        "eval.every=2",
+        "eval.prompts=5",
+        "profiler.step=2",
+    ]
+    base = [sys.executable, "launch.py", "--config", "configs/quickstart_cpu.yaml"]
+    return [*base, f"model.path={model}", f"run.output_dir={folder}", *sizes, *overrides]
+
+
+def descendants_of_ray(folder):
+    """Processes that a run below `folder` could have left: Ray's own and its workers, by the run's marker variable."""
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("QERL_TEST_RUN") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process)
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue
+    return left
+
+
+def environment(folder):
+    return os.environ | {"QERL_TEST_RUN": str(folder)}
+
+
+def assert_nothing_is_left(folder):
+    _, alive = psutil.wait_procs(descendants_of_ray(folder), timeout=20)
+    assert not alive, [" ".join(process.cmdline())[:120] for process in alive]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layout):
+    model = tiny_w8a8("qwen3_moe")
+    run = subprocess.run(
+        command(model, tmp_path, *LAYOUTS[layout]),
+        cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=420, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert set(step) >= REQUIRED
+        assert all(isinstance(step[key], int | float) and math.isfinite(step[key]) for key in REQUIRED)
+        assert step["tokens_per_s/rollout"] > 0
+    # The first log-probs are of the untrained policy, which is the reference; training then moves away from it.
+    assert steps[0]["grad_norm"] > 0
+    assert steps[1]["kl/reference"] > 0
+    assert "eval/reward_mean" in steps[1]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert {"prompt", "response", "reward"} <= set(samples[0])
+    for name in ["reward.png", "config.yaml", "profile/update.json", "checkpoints", "export/adapter"]:
+        assert (tmp_path / name).exists(), name
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert "reward" in run.stdout
+    assert_ledger(tmp_path)
+    assert_export_loads(tmp_path)
+    assert_nothing_is_left(tmp_path)
+
+
+def assert_ledger(folder):
+    """Train state is out of memory in the rollout phase, the KV cache in the train phase, on both ranks, each step."""
+    rows = [json.loads(line) for line in (folder / "swaps.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["rank"], row["phase"]) for row in rows[:4]] == [
+        (1, 0, "rollout"), (1, 1, "rollout"), (1, 0, "train"), (1, 1, "train"),
+    ]  # fmt: skip
+    for row in rows:
+        held = row["held_bytes"]
+        if row["phase"] == "rollout":
+            assert held["train/parameters"] == held["train/optimizer"] == held["train/gradients"] == 0
+            assert row["moved_bytes"] > 0
+            assert held["rollout/kv_cache"] > 0
+        else:
+            assert held["rollout/kv_cache"] == 0
+            assert held["train/parameters"] > 0
+
+
+def assert_export_loads(folder):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "export" / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "export" / "hf")
+    logits = model(**tokenizer("12+34=", return_tensors="pt", return_token_type_ids=False)).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_interrupted_run_stops_every_process(tmp_path, tiny_w8a8):
+    model = tiny_w8a8("qwen3_moe")
+    process = subprocess.Popen(
+        command(model, tmp_path, "run.steps=1000", "noise.stages=2", "track.console=lines"),
+        cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            if "step 1/" in line.lower():
+                break
+        assert len(descendants_of_ray(tmp_path)) > 3
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output + errors
+    assert "Traceback" not in errors
+    assert_nothing_is_left(tmp_path)
+
+
+def test_a_worker_that_dies_ends_the_run_with_its_name(tmp_path, tiny_w8a8):
+    model = tiny_w8a8("qwen3_moe")
+    process = subprocess.Popen(
+        command(model, tmp_path, "run.steps=1000", "track.console=lines"),
+        cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            if "step 1/" in line.lower():
+                break
+        victims = [p for p in descendants_of_ray(tmp_path) if "ActorHybridWorker" in " ".join(p.cmdline())]
+        assert len(victims) == 2
+        victims[1].kill()
+        output, errors = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 1, output + errors
+    assert "run failed: worker" in errors
+    assert "Traceback" not in errors
+    assert_nothing_is_left(tmp_path)

@@ -1,0 +1,96 @@
+"""Wrong input ends launch.py with one line that names the fix, exit code 2, before any process starts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+import launch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def launch_file(tmp_path_factory, tiny_w8a8):
+    folder = tmp_path_factory.mktemp("launch")
+    path = folder / "launch.yaml"
+    path.write_text(
+        f"run: {{steps: 2, output_dir: {folder}/run}}\n"
+        f"model: {{path: {tiny_w8a8('qwen3_moe')}, max_length: 64}}\n"
+        "rollout: {max_prompt_tokens: 24, max_response_tokens: 16}\n"
+        "data:\n"
+        "  train_path: arithmetic\n"
+    )
+    return path
+
+
+def rows(folder, lines):
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def test_a_valid_file_passes_the_dry_run(launch_file, capsys):
+    assert launch.main(["--config", str(launch_file), "--dry-run", "rollout.max_sequences=7"]) == 0
+    printed = capsys.readouterr().out
+    assert "max_sequences: 7" in printed
+    assert "samples a step" in printed
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("override", "problem", "fix"),
+    [
+        ("rollout.max_respons_tokens=3", "unknown key rollout.max_respons_tokens", "rollout.max_response_tokens"),
+        ("model.path=/no/such/model", "/no/such/model", "model.path"),
+        ("quant.format=none", "quant.format=none", "set quant.format to w8a8"),
+        ("rollout.tensor_parallel=3", "rollout.tensor_parallel=3", "divisor of 2"),
+        ("data.train_path=/no/such.jsonl", "/no/such.jsonl", "data.train_path"),
+        ("reward.function=mth", "mth", "math"),
+    ],
+)
+def test_wrong_keys_are_answered_with_the_fix(launch_file, capsys, override, problem, fix):
+    assert launch.main(["--config", str(launch_file), override]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("config error: ")
+    assert problem in message
+    assert fix in message
+    assert message.count("\n") == 1
+    assert not ray.is_initialized()
+
+
+def test_layouts_that_do_not_divide_the_model_name_what_they_split(launch_file, capsys):
+    wide = ["cluster.workers=4", "train.tensor_parallel=4", "rollout.data_parallel=4"]
+    assert launch.main(["--config", str(launch_file), *wide]) == 2
+    message = capsys.readouterr().err
+    assert "train.tensor_parallel" in message
+    assert "2 key-value heads" in message
+    assert "1, 2" in message
+
+
+def test_a_prompt_over_the_limit_names_its_line(launch_file, tmp_path, capsys):
+    data = rows(tmp_path, [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+" * 40, "answer": "2"}])
+    assert launch.main(["--config", str(launch_file), f"data.train_path={data}"]) == 2
+    message = capsys.readouterr().err
+    assert f"{data}:2" in message
+    assert "rollout.max_prompt_tokens" in message
+
+
+def test_a_line_without_the_prompt_field_names_the_fields_it_has(launch_file, tmp_path, capsys):
+    data = rows(tmp_path, [{"prompt": "1+1=", "answer": "2"}, {"promt": "2+2=", "answer": "4"}])
+    assert launch.main(["--config", str(launch_file), f"data.train_path={data}"]) == 2
+    message = capsys.readouterr().err
+    assert f"{data}:2" in message
+    assert "promt" in message
+
+
+def test_the_command_exits_with_two_and_one_line(launch_file):
+    command = [sys.executable, "launch.py", "--config", str(launch_file), "trian.dtype=float32"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("config error: unknown key trian.")
+    assert done.stderr.count("\n") == 1
