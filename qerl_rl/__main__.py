@@ -28,9 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     make_model = commands.add_parser("make-model", help="build a quantized model to train")
     models = make_model.add_subparsers(required=True, metavar="MODEL")
 
-    tiny = models.add_parser(
-        "tiny", help="a small Qwen3-MoE that has half learned to add and subtract (about a minute)"
-    )
+    tiny = models.add_parser("tiny", help="a small Qwen3-MoE that has half learned arithmetic (about a minute)")
     tiny.add_argument("--seed", type=int, default=1, help="one seed always gives the same model (default 1)")
     tiny.set_defaults(run=_make_tiny)
 
@@ -80,7 +78,7 @@ def _make_tiny(options: argparse.Namespace) -> None:
         TextColumn("warm start"),
         BarColumn(),
         TextColumn(
-            "reward {task.completed:.2f} of {task.total:.2f}   step {task.fields[step]}   loss {task.fields[loss]:.3f}"
+            "reward {task.completed:.2f} of {task.total:.2f}  step {task.fields[step]}  loss {task.fields[loss]:.3f}"
         ),
         TimeElapsedColumn(),
     )
@@ -93,7 +91,7 @@ def _make_tiny(options: argparse.Namespace) -> None:
         made = make_tiny(out, options.seed, report=report)
     console.print(
         f"Wrote {out}: W8A8 int8 Qwen3-MoE, {SIZES.layers} layers x {SIZES.experts} experts, "
-        f"{made.weight_bytes / 2**20:.1f} MiB; it answers {made.reward_at_start:.0%} of the sums right at temperature 1.",
+        f"{made.weight_bytes / 2**20:.1f} MiB; it gets {made.reward_at_start:.0%} of the sums right at temperature 1.",
         soft_wrap=True,
     )
 

@@ -18,8 +18,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_checkpoint(family, dtype="float32", seed=0, **sizes)` -> folder of a random HF checkpoint.
 
-    Families: qwen3_moe, qwen2_moe (shared expert, qkv bias, tied embeddings unless tied=False), mixtral. `sizes` are the
-    fields of MoeSizes (layers=2, norm_topk_prob=False, ...). Calls with equal arguments get the same folder: don't
+    Families: qwen3_moe, qwen2_moe (shared expert, qkv bias, tied embeddings unless tied=False), mixtral. `sizes` are
+    the fields of MoeSizes (layers=2, norm_topk_prob=False, ...). Calls with equal arguments get the same folder: don't
     write into it.
     """
     built: dict[tuple, Path] = {}

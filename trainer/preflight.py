@@ -34,6 +34,12 @@ def preflight(loaded: LoadedConfig) -> Plan:
     """
     config = loaded.config
     check_config(config, loaded.locate)
+    if not Path(config.model.path, "config.json").is_file():
+        raise ConfigError(
+            f"model.path={config.model.path} holds no config.json.",
+            fix="set model.path to a model folder (python -m qerl_rl make-model writes one)",
+            where=loaded.locate("model.path"),
+        )
     architecture = MoeArchitecture.from_folder(config.model.path)
     _check_format(loaded)
     _check_divisibility(loaded, architecture)

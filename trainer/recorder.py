@@ -79,12 +79,13 @@ class RunRecorder:
         self.display.progress(done, total)
 
     def swap(self, reports: list[SwapReport]) -> None:
-        """Append the ledger of one phase change, a line a rank, to swaps.jsonl."""
+        """Append the ledger of one phase change, a line a rank, to swaps.jsonl; the first step's is shown too."""
         with self._swaps.open("a", encoding="utf-8") as file:
             for rank, report in enumerate(reports):
                 row = {"step": self._step, "rank": rank, **dataclasses.asdict(report), "ledger": report.line()}
                 file.write(json.dumps(row) + "\n")
-        self.display.note(f"rank 0: {reports[0].line()}")
+        if self._step == 1:
+            self.display.note(f"rank 0: {reports[0].line()}")
 
     def samples(self, step: int, batch: Batch, advantages: np.ndarray) -> None:
         """Write the first rows of a scored step to samples.jsonl."""

@@ -78,10 +78,9 @@ def _field(entry: dict[str, Any], field: str, key: str, where: str) -> Any:
     if field in entry:
         return entry[field]
     near = difflib.get_close_matches(field, entry, n=1)
-    choice = near[0] if near else " or ".join(entry) or "a field that every line has"
     raise ConfigError(
         f"this line has no field {field!r} ({key}); it has {', '.join(entry) or 'none'}.",
-        fix=f"set {key} to {choice}, or correct the line",
+        fix=f"set {key} to {near[0] if near else 'the field that holds it'}, or correct the line",
         where=where,
     )
 

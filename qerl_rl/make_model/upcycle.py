@@ -33,7 +33,7 @@ _CHECK_TEXTS = (
 
 @dataclass(frozen=True)
 class UpcycledModel:
-    """What was made: parameters before quantization, largest |difference| of logits to the dense model, bytes written."""
+    """What was made: parameters before quantization, largest |difference| of logits to the dense model, bytes."""
 
     parameters: int
     largest_difference: float
@@ -78,6 +78,9 @@ def _moe_config(dense: PreTrainedModel, experts: int, top_k: int) -> Qwen2MoeCon
         moe_intermediate_size=source.intermediate_size,
         shared_expert_intermediate_size=SHARED_EXPERT_WIDTH,
         norm_topk_prob=True,
+        bos_token_id=source.bos_token_id,
+        eos_token_id=source.eos_token_id,
+        pad_token_id=source.pad_token_id,
         qkv_bias=True,
     )
 

@@ -26,6 +26,8 @@ class WarmStart:
     """Steps over which the learning rate rises linearly from 0."""
     max_steps: int = 1200
     max_grad_norm: float = 1.0
+    balance: float = 0.02
+    """Weight of the load-balancing loss, without which some experts never get a token."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,32 @@ def encode(problems: Problems, tokenizer: PreTrainedTokenizerBase) -> tuple[torc
     return tokens, in_answer
 
 
-def answer_log_probs(model: PreTrainedModel, tokens: torch.Tensor, in_answer: torch.Tensor) -> torch.Tensor:
+def answer_log_probs(logits: torch.Tensor, tokens: torch.Tensor, in_answer: torch.Tensor) -> torch.Tensor:
     """Log-probability of each answer token given what precedes it, 0 elsewhere: float [P, T - 1], with gradients.
 
-    Padding is on the right, where causal attention never sees it.
+    Args: logits [P, T - 1, V] of tokens[:, :-1]; padding is on the right, where causal attention never sees it.
     """
-    log_probs = model(tokens[:, :-1]).logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    log_probs = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     return log_probs * in_answer[:, 1:]
 
 
 def answer_probabilities(log_probs: torch.Tensor) -> torch.Tensor:
     """Probability [P] of sampling exactly the right answer at temperature 1: the expected reward of each problem."""
     return log_probs.detach().sum(-1).exp()
+
+
+def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
+    """Switch Transformer's load-balancing loss (arXiv 2101.03961, eq. 4), mean over layers; 1 when perfectly even.
+
+    Args: router_logits: [tokens, experts] of each layer.
+    """
+    losses = []
+    for logits in router_logits:
+        experts = logits.shape[-1]
+        chosen = torch.nn.functional.one_hot(logits.topk(top_k, dim=-1).indices, experts).sum(-2)
+        share = chosen.float().mean(0) / top_k
+        losses.append(experts * (share * logits.softmax(-1).mean(0)).sum())
+    return torch.stack(losses).mean()
 
 
 def warm_start(
@@ -90,7 +106,8 @@ def warm_start(
     model.train()
     for step in range(1, settings.max_steps + 1):
         tokens, in_answer = encode(problems(settings.batch_size, seed * settings.max_steps + step), tokenizer)
-        log_probs = answer_log_probs(model, tokens, in_answer)
+        outputs = model(tokens[:, :-1], output_router_logits=True)
+        log_probs = answer_log_probs(outputs.logits, tokens, in_answer)
         rewards.append(answer_probabilities(log_probs).mean().item())
         loss = -log_probs.sum() / in_answer.sum()
         progress = Progress(step, loss.item(), sum(rewards) / len(rewards))
@@ -99,7 +116,8 @@ def warm_start(
             model.eval()
             return progress
         optimizer.zero_grad()
-        loss.backward()
+        total = loss + settings.balance * balance_loss(outputs.router_logits, model.config.num_experts_per_tok)
+        total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         warm_up.step()

@@ -39,7 +39,6 @@ class CheckpointReader:
             raise ConfigError(
                 f"model folder {self.path} does not exist.", fix="give the path of a HF checkpoint folder"
             )
-        # Before _files, so that close() also works when opening fails half-way.
         self._open: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         for file_name in self._file_names():
@@ -171,7 +170,7 @@ def quantize_checkpoint(
 
     Tensors go through one at a time: memory holds one tensor and the unwritten part of one shard.
     Returns: bytes of tensors written.
-    Raises: ConfigError for an unknown format, a folder that can't be read, is quantized already, or stores fused experts.
+    Raises: ConfigError for an unknown format or a folder that can't be read, is quantized already or has fused experts.
     """
     source, out = Path(source), Path(out)
     if format not in FORMATS:
@@ -203,9 +202,7 @@ def quantize_checkpoint(
 
 
 def _copy_other_files(source: Path, out: Path) -> None:
+    weights = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf")
     for file in source.iterdir():
-        is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(
-            ".index.json"
-        )
-        if file.is_file() and not is_weights and file.name != "config.json":
+        if file.is_file() and file.name != "config.json" and not file.name.endswith(weights):
             shutil.copy2(file, out / file.name)

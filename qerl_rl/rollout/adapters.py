@@ -23,9 +23,8 @@ LAYER = re.compile(r"\blayers\.(\d+)\.")
 class Adapter:
     """This rank's part of one adapter: y += (x A^T) B^T, with the scale (alpha / rank) inside B.
 
-    a: float32 [..., rank, inputs], b: float32 [..., outputs, rank], with the rank's experts in front where the module is
-    an expert layer. experts, inputs, outputs: which experts, columns of A and rows of B of the full tensors these are;
-    None takes all.
+    a: float32 [..., rank, inputs], b: float32 [..., outputs, rank]; an expert layer has its local experts in front.
+    experts, inputs, outputs: which experts, columns of A and rows of B of the full tensors these are; None takes all.
     """
 
     name: str
@@ -41,7 +40,9 @@ class Adapter:
             local = full if self.experts is None else full[self.experts]
             local = local if index is None else local.index_select(dim, index)
             if local.shape != part.shape:
-                raise ValueError(f"adapter {self.name}: {tuple(full.shape)} doesn't fit, this rank needs {tuple(part.shape)}")
+                raise ValueError(
+                    f"adapter {self.name}: {tuple(full.shape)} doesn't fit, this rank needs {tuple(part.shape)}"
+                )
             part.copy_(local)
         self.b.mul_(scale)
         return self.nbytes
@@ -71,7 +72,9 @@ class AdapterSet:
                 attach_expert_path(module, gate_up.a, gate_up.b, down.a, down.b)
                 self.adapters += [gate_up, down]
         if not self.adapters:
-            raise RuntimeError("no layer of the engine's model takes an adapter: its module names are not those expected")
+            raise RuntimeError(
+                "no layer of the engine's model takes an adapter: its module names are not those expected"
+            )
 
     def _attach_linear(self, module: Any, adapter: Adapter) -> None:
         module.quant_method = _LinearWithAdapter(module.quant_method, adapter.a, adapter.b)
@@ -80,7 +83,7 @@ class AdapterSet:
     def update(self, tensors: Mapping[str, torch.Tensor]) -> int:
         """Take over full tensors in the exchange format; returns the bytes of this rank's slices.
 
-        Raises: ValueError when a tensor is missing, unknown or of another shape (the adapters may be half updated then).
+        Raises: ValueError when a tensor is missing, unknown or of another shape (which may leave some adapters updated).
         """
         expected = {f"{adapter.name}.{kind}" for adapter in self.adapters for kind in ("lora_A", "lora_B")}
         if tensors.keys() != expected:

@@ -28,8 +28,8 @@ class GroupRequest:
 class GroupOutput:
     """The finished samples of a prompt, in the order of their index.
 
-    responses: int32 [response], with the end-of-sequence token where there is one. log_probs: float32 [response], natural
-    log-probability of each sampled token under logits / temperature (greedy: under the logits). finish_reasons: `stop`
+    responses: int32 [response], with the end-of-sequence token where there is one. log_probs: float32 [response], the
+    natural log-probability of each token under logits / temperature (greedy: under the logits). finish_reasons: `stop`
     (end of sequence) or `length`.
     """
 

@@ -9,7 +9,7 @@ import sys
 REQUIRED = {
     # The engine core lives in this process: its tensors are written to directly.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Nothing here is compiled, and importing the compiler costs 4 s at the first construction and 3 s at the first step.
+    # Nothing here is compiled; importing the compiler costs 4 s at the first construction and 3 s at the first step.
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     # The launcher decides which cores a worker has.

@@ -18,10 +18,10 @@ TOKENS_PER_PASS = 1024
 class ExpertsWithAdapters:
     """The expert computation of one layer on one rank.
 
-    gate_up_weight: int8 [experts, 2 * intermediate, hidden + 4] and down_weight: int8 [experts, hidden, intermediate + 4],
-    as torch.ops._C.convert_weight_packed packs them; scales: float32 [experts, rows, 1]. Adapters: float32, the scale
-    inside B; gate_up_a [experts, rank, hidden], gate_up_b [experts, 2 * intermediate, rank], down_a [experts, rank,
-    intermediate], down_b [experts, hidden, rank]. They are read at every call: update them in place.
+    weights: gate_up int8 [experts, 2 * intermediate, hidden + 4] and down int8 [experts, hidden, intermediate + 4], as
+    torch.ops._C.convert_weight_packed packs them; scales: float32 [experts, rows, 1] of both. Adapters: float32, the
+    scale inside B; gate_up_a [experts, rank, hidden], gate_up_b [experts, 2 * intermediate, rank], down_a [experts,
+    rank, intermediate], down_b [experts, hidden, rank]. They are read at every call: update them in place.
     """
 
     def __init__(
@@ -96,7 +96,9 @@ def attach_expert_path(
     """
     kernel = layer.quant_method.moe_kernel.fused_experts
     if type(kernel).__name__ != "CPUExpertsInt8":
-        raise RuntimeError(f"expert adapters need int8 (W8A8) experts; this engine computes with {type(kernel).__name__}")
+        raise RuntimeError(
+            f"expert adapters need int8 (W8A8) experts; this engine computes with {type(kernel).__name__}"
+        )
     experts = ExpertsWithAdapters(
         (layer.w13_weight, layer.w2_weight),
         (layer.w13_weight_scale, layer.w2_weight_scale),

@@ -37,15 +37,17 @@ def apply_patches() -> None:
 def _existing(owner: Any, name: str) -> Any:
     """The attribute a patch replaces; raises RuntimeError where this vLLM has none."""
     if not hasattr(owner, name):
-        raise RuntimeError(f"vLLM has no {getattr(owner, '__name__', owner)}.{name}: a patch of qerl_rl.rollout is out of date")
+        raise RuntimeError(
+            f"vLLM has no {getattr(owner, '__name__', owner)}.{name}: a patch in qerl_rl/rollout is out of date"
+        )
     return getattr(owner, name)
 
 
 def unique_shared_memory_names() -> None:
     """Name the shared memory of a group after a token that its first rank draws.
 
-    Without it the names are the same in every job (under external_launcher they hold neither port nor process): two jobs
-    on a machine read each other's buffers, and leftovers of a killed one make the next start fail with errno 17.
+    Without it the names are the same in every job (under external_launcher they hold neither port nor process): two
+    jobs on a machine read each other's buffers, and leftovers of a killed one fail the next start with errno 17.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
@@ -179,9 +181,7 @@ def _all_gatherv(
     return outputs if isinstance(input_, list) else outputs[0]
 
 
-def _reduce_scatterv(
-    self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
-) -> torch.Tensor:
+def _reduce_scatterv(self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None) -> torch.Tensor:
     """Sum the ranks' tensors [sum(sizes), ...] and keep this rank's sizes[rank] rows."""
     if dim % input_.dim() != 0:
         raise NotImplementedError(f"reduce_scatterv along dim {dim}")

@@ -29,6 +29,9 @@ CONSUMERS = {
 
 @pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
+    if ray.is_initialized():
+        yield
+        return
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

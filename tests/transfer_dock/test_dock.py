@@ -42,16 +42,17 @@ class Stage:
         responses = batch.columns["responses"]
         return list(batch.keys), [int(row.sum()) for row in responses.rows()], responses.values.flags.writeable
 
-    def drain(self, dock: TransferDock, consumer: str, count: int) -> list[list[SampleKey]]:
-        """Take whole groups until a get finds none, and acknowledge all of them."""
-        found = []
-        while True:
+    def drain(self, dock: TransferDock, consumer: str, count: int, total: int) -> list[list[SampleKey]]:
+        """Take and acknowledge whole groups until all consumers of this name together have had `total` samples."""
+        found: list[list[SampleKey]] = []
+        while dock.status()["consumers"][consumer]["acked"] < total:
             try:
-                batch = dock.get(consumer, count, whole_groups=True, timeout=1.0)
+                batch = dock.get(consumer, count, whole_groups=True, timeout=0.5)
             except DockTimeout:
-                return found
+                continue
             found.append(list(batch.keys))
             dock.ack(batch)
+        return found
 
 
 def test_every_kind_of_column_comes_back_as_it_was_put(make_dock: MakeDock) -> None:
@@ -132,13 +133,14 @@ def test_competing_consumers_share_whole_groups_without_loss_or_doubling(
 ) -> None:
     dock = make_dock(consumers={"train": ["rewards"], "log": ["rewards"]})
     stages = [Stage.remote() for _ in range(2)]
-    drains = [stage.drain.remote(dock, "train", 8) for stage in stages] + [stages[0].drain.remote(dock, "log", 4)]
     keys = keys_of(range(30))
+    drains = [stage.drain.remote(dock, "train", 8, len(keys)) for stage in stages]
+    drains.append(stages[0].drain.remote(dock, "log", 4, len(keys)))
     order = np.random.default_rng(5).permutation(len(keys))
     for part in np.array_split(order, 24):
         some = [keys[row] for row in part]
         dock.put({"rewards": [float(key.group) for key in some]}, some)
-    one, other, log = ray.get(drains, timeout=60)
+    one, other, log = ray.get(drains, timeout=120)
     batches = one + other
     for batch in batches + log:
         assert all(batch.count(SampleKey(key.step, key.group, index)) == 1 for key in batch for index in range(4))
@@ -175,14 +177,14 @@ def wrong_calls(dock: TransferDock, keys: list[SampleKey]) -> list[tuple[type[Ex
         (InvalidRequest, "minimum=3, count=2", lambda: dock.get("train", 2, minimum=3)),
         (InvalidRequest, "appears twice", lambda: dock.put({"rewards": rewards}, keys[:4] * 2)),
         (InvalidRequest, "would have 8 samples", lambda: dock.put({"rewards": rewards}, keys_of(range(1), size=8))),
-        (InvalidRequest, "can never fit", lambda: dock.put({"experts": [np.zeros(1 << 24, np.uint8)] * 8}, keys)),
+        (InvalidRequest, "can never fit", lambda: dock.put({"experts": [np.zeros(1 << 18, np.uint8)] * 8}, keys)),
         (ColumnMismatch, "fixed-size rows", lambda: dock.put({"prompts": np.zeros((8, 3), np.int32)}, keys)),
         (UnknownColumn, "for this consumer 'prompts'", lambda: dock.get("train", 1).columns["prompts"]),
     ]
 
 
 def test_a_call_that_can_never_succeed_says_so_at_once(make_dock: MakeDock) -> None:
-    dock, keys = make_dock(), keys_of(range(2))
+    dock, keys = make_dock(capacity_bytes=1 << 20), keys_of(range(2))
     floats = responses_of_floats(keys)
     dock.put({"prompts": responses_of(keys), "responses": responses_of(keys), "log_probs": floats}, keys)
     dock.put({"rewards": np.zeros(8, np.float32)}, keys)
