@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from qerl_rl.config.errors import ConfigError
 
@@ -73,20 +74,25 @@ def _make_tiny(options: argparse.Namespace) -> None:
     from qerl_rl.make_model.tiny import SIZES, make_tiny
 
     _quiet_libraries()
-    target = warm_start.WarmStart().target_reward
+    settings = warm_start.WarmStart()
     columns = (
-        TextColumn("warm start"),
+        TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn(
-            "reward {task.completed:.2f} of {task.total:.2f}  step {task.fields[step]}  loss {task.fields[loss]:.3f}"
-        ),
+        TextColumn("expected reward {task.fields[reward]:.2f}  step {task.fields[step]}  loss {task.fields[loss]:.3f}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=target, step=0, loss=float("nan"))
+        fields: dict[str, Any] = {"reward": 0.0, "step": 0, "loss": float("nan")}
+        skill = bar.add_task("learning true answers ", total=settings.skill, **fields)
+        doubt = bar.add_task("then half wrong ones  ", total=settings.doubt_steps, start=False, **fields)
 
         def report(progress: warm_start.Progress) -> None:
-            bar.update(task, completed=min(progress.reward, target), step=progress.step, loss=progress.loss)
+            now: dict[str, Any] = {"reward": progress.reward, "step": progress.step, "loss": progress.loss}
+            if progress.phase == "skill":
+                bar.update(skill, completed=min(progress.reward, settings.skill), **now)
+            else:
+                bar.start_task(doubt)
+                bar.update(doubt, advance=1, **now)
 
         made = make_tiny(out, options.seed, report=report)
     console.print(

@@ -68,3 +68,31 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             if process.is_alive():
                 process.kill()
     return [found[rank] for rank in range(world_size)]
+
+
+_store: Any = None
+_worlds = 0
+
+
+def fresh_world() -> None:
+    """A new gloo default group in this process of `run_ranks`; collective.
+
+    It closes the groups of the last one: each gloo group keeps threads that wake a hundred times a second, so a process
+    that tries layout after layout would drown in them.
+    """
+    global _store, _worlds
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if _store is None:
+        _store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, rank == 0)
+    if dist.is_initialized():
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+        # Megatron forgets to forget these, and a rank that was a first stage once would take itself for one.
+        parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
+        parallel_state._EMBEDDING_GLOBAL_RANKS = None
+        dist.destroy_process_group()
+    _worlds += 1
+    dist.init_process_group("gloo", store=dist.PrefixStore(str(_worlds), _store), rank=rank, world_size=world_size)

@@ -171,7 +171,7 @@ class Controller:
     @_answers
     async def close_step(self, step: int, carry_unfinished: bool) -> int:
         dropped = self.ledger.close_step(step, carry_unfinished)
-        # Waiting gets for this step fail now; the others must see that the pools shrank only when they are served.
+        # Gets that wait for this step fail now instead of at their deadline.
         self._serve_gets(set(self.ledger.consumers))
         self._serve_puts()
         return dropped

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from transfer_dock.errors import InvalidRequest
+
 
 class SampleKey(NamedTuple):
     """One sample: response `index` of prompt `group` in training step `step`. Orders as written."""
@@ -27,7 +29,15 @@ def group_of(key: SampleKey) -> GroupKey:
 
 def pack_keys(keys: Sequence[SampleKey]) -> np.ndarray:
     """[S, 3] int64: what goes between processes; pickling thousands of named tuples costs more than all the rest."""
-    return np.array(keys, np.int64).reshape(-1, 3)
+    if not len(keys):
+        return np.zeros((0, len(SampleKey._fields)), np.int64)
+    try:
+        packed = np.array(keys, np.int64)
+    except (TypeError, ValueError):
+        packed = np.zeros(0, np.int64)
+    if packed.shape != (len(keys), len(SampleKey._fields)):
+        raise InvalidRequest(f"keys are SampleKey(step, group, index) of whole numbers, got {list(keys)[:2]}")
+    return packed
 
 
 def unpack_keys(packed: np.ndarray) -> list[SampleKey]:

@@ -1,0 +1,1 @@
+"""Prompts and answers: from a file or generated, tokenized, in a resumable order."""

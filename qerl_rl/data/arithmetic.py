@@ -6,7 +6,7 @@ import random
 
 
 def arithmetic_problems(
-    count: int, seed: int, *, digits: tuple[int, ...] = (1, 2), operators: str = "+-"
+    count: int, seed: int, *, digits: tuple[int, ...] = (1, 2), operators: str = "+"
 ) -> list[tuple[str, str]]:
     """`count` problems such as ("12+34=", "46"), the same for the same arguments; repeats are possible.
 

@@ -1,0 +1,1 @@
+"""Which part of a tensor each rank of a layout holds."""

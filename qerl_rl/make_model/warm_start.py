@@ -1,10 +1,16 @@
-"""Teach a small model a task half-way by cross-entropy, so that reinforcement learning has rewards to begin with."""
+"""Teach a small model a task and then doubt, by cross-entropy, so that reinforcement learning has what to reward.
+
+First the model learns true answers. Then it learns from answers of which most have a wrong digit, as a model that was
+pretrained on the web did: it knows more than it samples, and rewards bring that out within tens of steps.
+"""
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,17 +20,21 @@ Problems = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class WarmStart:
-    """How to train and when to stop."""
+    """How to train and when to stop; rewards are expected rewards (`answer_probabilities`) over the last batches."""
 
-    target_reward: float = 0.25
-    """Stop once the expected reward (see `answer_probabilities`), averaged over the window, reaches this."""
-    window: int = 8
-    """Batches in that average; each is of new problems, scored before the model learns from them."""
-    batch_size: int = 128
+    skill: float = 0.65
+    """Train on true answers until the reward reaches this."""
+    wrong_share: float = 0.5
+    """Then a share of the answers gets a wrong digit, and the reward falls towards skill * (1 - wrong_share)."""
+    doubt_steps: int = 50
+    """Steps of that, while the learning rate falls linearly to 0, so that the reward settles there."""
+    window: int = 16
+    """Batches the reward is averaged over; each is of new problems, scored before the model learns from them."""
+    batch_size: int = 64
     learning_rate: float = 2e-3
     learning_rate_steps: int = 20
     """Steps over which the learning rate rises linearly from 0."""
-    max_steps: int = 1200
+    max_steps: int = 2000
     max_grad_norm: float = 1.0
     balance: float = 0.02
     """Weight of the load-balancing loss, without which some experts never get a token."""
@@ -32,6 +42,8 @@ class WarmStart:
 
 @dataclass(frozen=True)
 class Progress:
+    phase: str
+    """`skill` or `doubt`."""
     step: int
     loss: float
     """Cross-entropy of this step's answer tokens, in nats a token."""
@@ -44,9 +56,8 @@ def encode(problems: Problems, tokenizer: PreTrainedTokenizerBase) -> tuple[torc
 
     Returns: tokens int64 [P, T] and, as bool [P, T], which of them belong to the answer (its <eos> included).
     """
-    rows = [
-        (tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_token_id]) for prompt, answer in problems
-    ]
+    end = tokenizer.eos_token_id
+    rows = [(tokenizer.encode(prompt), [*tokenizer.encode(answer), end]) for prompt, answer in problems]
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     tokens = torch.full((len(rows), width), tokenizer.pad_token_id)
     in_answer = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -66,7 +77,7 @@ def answer_log_probs(logits: torch.Tensor, tokens: torch.Tensor, in_answer: torc
 
 
 def answer_probabilities(log_probs: torch.Tensor) -> torch.Tensor:
-    """Probability [P] of sampling exactly the right answer at temperature 1: the expected reward of each problem."""
+    """Probability [P] of sampling exactly the given answer at temperature 1: the expected reward where it is true."""
     return log_probs.detach().sum(-1).exp()
 
 
@@ -84,6 +95,55 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.T
     return torch.stack(losses).mean()
 
 
+def with_wrong_digits(problems: Problems, share: float, seed: int) -> Problems:
+    """The problems, each with probability `share` with one digit of its answer replaced by another."""
+    draw = random.Random(seed)
+    spoiled = []
+    for prompt, answer in problems:
+        if draw.random() < share:
+            place = draw.choice([index for index, character in enumerate(answer) if character.isdigit()])
+            digit = draw.choice([digit for digit in "0123456789" if digit != answer[place]])
+            answer = answer[:place] + digit + answer[place + 1 :]
+        spoiled.append((prompt, answer))
+    return spoiled
+
+
+class _Trainer:
+    """One optimizer over both phases; counts steps and draws each step's problems by its number."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        problems: Callable[[int, int], Problems],
+        settings: WarmStart,
+        seed: int,
+    ) -> None:
+        self.model, self.tokenizer, self.problems, self.settings = model, tokenizer, problems, settings
+        self.first_seed = seed * settings.max_steps
+        self.optimizer: Any = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
+        self.step = 0
+
+    def run_step(self, learning_rate: float, wrong_share: float) -> tuple[float, float]:
+        """Learn from one new batch; returns its loss and the mean expected reward of its true answers."""
+        self.step += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        true = self.problems(self.settings.batch_size, self.first_seed + self.step)
+        taught = with_wrong_digits(true, wrong_share, self.first_seed + self.step)
+        tokens, in_answer = encode(taught, self.tokenizer)
+        outputs = self.model(tokens[:, :-1], output_router_logits=True)
+        log_probs = answer_log_probs(outputs.logits, tokens, in_answer)
+        untouched = torch.tensor([one == other for one, other in zip(true, taught, strict=True)])
+        loss = -log_probs.sum() / in_answer.sum()
+        balance = balance_loss(outputs.router_logits, self.model.config.num_experts_per_tok)
+        self.optimizer.zero_grad()
+        (loss + self.settings.balance * balance).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        return loss.item(), answer_probabilities(log_probs)[untouched].mean().item()
+
+
 def warm_start(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -93,40 +153,40 @@ def warm_start(
     seed: int,
     report: Callable[[Progress], None],
 ) -> Progress:
-    """Train `model` in place on answers to `problems(count, seed)` until it earns the target, and say where it stopped.
+    """Train `model` in place on answers to `problems(count, seed)` up to the skill, then teach it to doubt them.
 
-    The stop depends on the rewards alone, never on the clock, so that one seed always gives one model.
-    Raises: RuntimeError when max_steps pass without reaching the target.
+    The stop depends on rewards and steps, never on the clock, so that one seed always gives one model.
+    Returns: where it stopped. Raises: RuntimeError when max_steps pass without reaching the skill.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
-    warm_up = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: min(1.0, (done + 1) / settings.learning_rate_steps)
-    )
+    trainer = _Trainer(model, tokenizer, problems, settings, seed)
     rewards: deque[float] = deque(maxlen=settings.window)
-    model.train()
-    for step in range(1, settings.max_steps + 1):
-        tokens, in_answer = encode(problems(settings.batch_size, seed * settings.max_steps + step), tokenizer)
-        outputs = model(tokens[:, :-1], output_router_logits=True)
-        log_probs = answer_log_probs(outputs.logits, tokens, in_answer)
-        rewards.append(answer_probabilities(log_probs).mean().item())
-        loss = -log_probs.sum() / in_answer.sum()
-        progress = Progress(step, loss.item(), sum(rewards) / len(rewards))
+
+    def learn(phase: str, learning_rate: float, wrong_share: float) -> Progress:
+        loss, reward = trainer.run_step(learning_rate, wrong_share)
+        rewards.append(reward)
+        progress = Progress(phase, trainer.step, loss, sum(rewards) / len(rewards))
         report(progress)
-        if len(rewards) == settings.window and progress.reward >= settings.target_reward:
-            model.eval()
-            return progress
-        optimizer.zero_grad()
-        total = loss + settings.balance * balance_loss(outputs.router_logits, model.config.num_experts_per_tok)
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-        optimizer.step()
-        warm_up.step()
-    raise RuntimeError(f"the warm start reached a reward of {progress.reward:.3f} only in {settings.max_steps} steps")
+        return progress
+
+    model.train()
+    while len(rewards) < settings.window or sum(rewards) / len(rewards) < settings.skill:
+        if trainer.step == settings.max_steps:
+            raise RuntimeError(f"the warm start has not reached reward {settings.skill} in {trainer.step} steps")
+        learn("skill", settings.learning_rate * min(1.0, (trainer.step + 1) / settings.learning_rate_steps), 0.0)
+    for left in range(settings.doubt_steps, 0, -1):
+        progress = learn("doubt", settings.learning_rate * left / settings.doubt_steps, settings.wrong_share)
+    model.eval()
+    return progress
 
 
 @torch.no_grad()
 def sampled_accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Problems, *, seed: int, max_tokens: int = 8
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Problems,
+    *,
+    seed: int,
+    max_tokens: int = 8,
 ) -> float:
     """Part of `problems` that one answer each, sampled at temperature 1, gets exactly right."""
     generator = torch.Generator().manual_seed(seed)

@@ -21,6 +21,7 @@ from qerl_rl.metrics.summary import format_duration, seconds_by_phase, summary_t
 
 _LINE_EVERY_S = 5.0
 _RECENT_STEPS = 5
+_FILE_WIDTH = 500
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,17 @@ class RunDisplay:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._steps, self._samples_per_step, self._clock = steps, samples_per_step, clock
-        self._console = Console(file=stream or sys.stdout, quiet=mode == "quiet", highlight=False)
-        self._is_live = mode == "auto" and self._console.is_terminal and not self._console.is_dumb_terminal
+        stream = stream or sys.stdout
+        is_terminal = stream.isatty()
+        # A file takes any width; rich's default of 80 would fold the paths of the summary.
+        self._console = Console(
+            file=stream,
+            width=None if is_terminal else _FILE_WIDTH,
+            force_terminal=is_terminal,
+            quiet=mode == "quiet",
+            highlight=False,
+        )
+        self._is_live = mode == "auto" and is_terminal and not self._console.is_dumb_terminal
         # Held while a line is printed, but never in live mode: Live has a lock of its own and calls _block under it.
         self._line_lock = threading.Lock()
         self._live: Live | None = None
@@ -128,10 +138,15 @@ class RunDisplay:
         """
         self.close()
         elapsed = self._clock() - self._run_start
-        # A file takes any width; the default of 80 would fold the paths.
-        width = self._console.width if self._console.is_terminal else 120
-        table = summary_table(history, paths, steps=self._steps, elapsed_s=elapsed, phase_seconds=self._phase_seconds)
-        self._console.print(table, width=width)
+        table = summary_table(
+            history,
+            paths,
+            steps=self._steps,
+            samples_per_step=self._samples_per_step,
+            elapsed_s=elapsed,
+            phase_seconds=self._phase_seconds,
+        )
+        self._console.print(table)
 
     def _print(self, line: str) -> None:
         self._last_line = self._clock()

@@ -45,6 +45,7 @@ def summary_table(
     paths: Mapping[str, str | Path],
     *,
     steps: int,
+    samples_per_step: int,
     elapsed_s: float,
     phase_seconds: Mapping[str, float],
 ) -> Table:
@@ -56,7 +57,9 @@ def summary_table(
     table = Table(title="Run summary", title_justify="left", title_style="bold", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("steps", f"{len(history)} of {steps} in {format_duration(elapsed_s)}")
+    table.add_row(
+        "steps", f"{len(history)} of {steps} in {format_duration(elapsed_s)}, {samples_per_step} samples each"
+    )
     for label, name, digits in (
         ("reward", "reward/mean", 3),
         ("entropy", "entropy", 3),

@@ -1,0 +1,1 @@
+"""HF config and weights to the Megatron model: quantized experts, adapters, layouts."""

@@ -111,22 +111,22 @@ def _sizes(family: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def _reject_unsupported(config: dict[str, Any], where: str) -> None:
     """Raise ConfigError for settings whose computation the trainer does not have."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(rope_key) or {}
     sliding = config.get("sliding_window") and config.get("use_sliding_window", config["model_type"] == "mixtral")
     unsupported = {
         "mlp_only_layers": bool(config.get("mlp_only_layers")),
         "decoder_sparse_step": config.get("decoder_sparse_step", 1) != 1,
         "sliding_window": bool(sliding) and config["sliding_window"] < config["max_position_embeddings"],
-        "rope_parameters": rope.get("rope_type", rope.get("type", "default")) != "default",
+        rope_key: rope.get("rope_type", rope.get("type", "default")) != "default",
         "attention_bias": bool(config.get("attention_bias", False)),
         "hidden_act": config.get("hidden_act", "silu") != "silu",
         "num_experts_per_tok": config.get("num_experts_per_tok") == 1,
     }
     for key, found in unsupported.items():
         if found:
-            value = config.get(key, config.get("rope_scaling"))
             raise ConfigError(
-                f"{key}={value} is not supported by the trainer.",
+                f"{key}={config.get(key)} is not supported by the trainer.",
                 fix="use a model with MoE in every layer, full attention, plain rope, silu and top-2 routing or wider",
                 where=where,
             )
@@ -160,5 +160,5 @@ def check_layout(architecture: MoeArchitecture, train: TrainConfig) -> None:
         # It gathers equal numbers of tokens from all expert-parallel ranks; packed micro-batches differ in theirs.
         raise ConfigError(
             "train.token_dispatcher=allgather needs all expert-parallel ranks to share their tokens.",
-            fix="set train.token_dispatcher to alltoall, or expert_parallel to at most tensor_parallel without pipeline",
+            fix="set train.token_dispatcher to alltoall",
         )

@@ -29,7 +29,7 @@ from qerl_rl.model.linear import ColumnLinear, RowLinear
 from qerl_rl.model.lora import initialize_adapters
 from qerl_rl.model.parallel import current_sizes, initialize_parallel
 from qerl_rl.model.slots import padded_vocabulary
-from qerl_rl.platform.cpu_modules import PackedAttention, RMSNorm
+from qerl_rl.platform.torch_modules import PackedAttention, RMSNorm
 
 __all__ = ["build_model", "initialize_parallel", "transformer_config"]
 

@@ -20,13 +20,14 @@ def gather_slots(
     sizes: ParallelSizes,
     ranks: list[Coordinates],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> list[torch.Tensor]:
-    """The full blocks of the slots in their order, on every rank.
+    """The full blocks of the slots in their order, on every rank, in host memory.
 
     Collective over the world: one broadcast from each rank that holds parts.
 
     Args: local: this rank's tensor of a slot, called only for slots of its pipeline stage; layers: of the whole model;
-    ranks: `all_coordinates()`.
+    ranks: `all_coordinates()`; device: where the process group communicates.
     """
     full = [torch.empty(slot.block.shape, dtype=dtype) for slot in slots]
     here = torch.distributed.get_rank()
@@ -36,9 +37,9 @@ def gather_slots(
             continue
         shapes = [slots[number].block.part_shape(sizes, source) for number in held]
         counts = [math.prod(shape) for shape in shapes]
-        flat = torch.empty(sum(counts), dtype=dtype)
+        flat = torch.empty(sum(counts), dtype=dtype, device=device)
         if source.rank == here:
-            torch.cat([local(slots[number]).detach().to("cpu", dtype).reshape(-1) for number in held], out=flat)
+            torch.cat([local(slots[number]).detach().to(device, dtype).reshape(-1) for number in held], out=flat)
         torch.distributed.broadcast(flat, src=source.rank)
         for number, shape, part in zip(held, shapes, flat.split(counts), strict=True):
             full[number][slots[number].block.part(sizes, source)] = part.view(shape)

@@ -20,17 +20,23 @@ class Base:
     scale: torch.Tensor | None = None
 
     def workspace(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """[N, K] `dtype` that `group` dequantizes into, one group after the other; None when it has nothing to do."""
-        return (
-            None if self.scale is None else torch.empty(self.weight.shape[1:], dtype=dtype, device=self.weight.device)
-        )
+        """[N, K] `dtype` for the integers of one group after the other; None when the weights are floats already."""
+        if self.scale is None:
+            return None
+        return torch.empty(self.weight.shape[1:], dtype=dtype, device=self.weight.device)
 
-    def group(self, index: int, workspace: torch.Tensor | None) -> torch.Tensor:
-        """The weight [N, K] of one group; with a workspace it is valid until the next call."""
-        if workspace is None or self.scale is None:
-            return self.weight[index]
-        # int8 is exact in bfloat16, and mul_ computes in float32: the same bits as w8a8.dequantize.
-        return workspace.copy_(self.weight[index]).mul_(self.scale[index])
+    def matrix(self, group: int, workspace: torch.Tensor | None) -> torch.Tensor:
+        """[N, K] of one group, int8 turned into exact floats but not scaled; valid until the next call."""
+        return self.weight[group] if workspace is None else workspace.copy_(self.weight[group])
+
+    def row_scale(self, group: int) -> torch.Tensor | None:
+        """[1, N] float32, what the outputs are multiplied by: much cheaper than multiplying the weights."""
+        return None if self.scale is None else self.scale[group].t()
+
+    def scaled(self, grad_y: torch.Tensor, group: int) -> torch.Tensor:
+        """Gradient of the outputs before they were multiplied by the scales."""
+        row_scale = self.row_scale(group)
+        return grad_y if row_scale is None else torch.mul(grad_y, row_scale, out=torch.empty_like(grad_y))
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,9 @@ class _GroupedLinear(torch.autograd.Function):
         down = None if a is None else x.new_empty(x.size(0), a.size(1))
         workspace = base.workspace(x.dtype)
         for group, (start, end) in _spans(rows):
-            torch.mm(x[start:end], base.group(group, workspace).t(), out=y[start:end])
+            torch.mm(x[start:end], base.matrix(group, workspace).t(), out=y[start:end])
+            if (row_scale := base.row_scale(group)) is not None:
+                y[start:end].mul_(row_scale)
             if a is not None and b is not None and down is not None:
                 torch.mm(x[start:end], a[group].t(), out=down[start:end])
                 y[start:end].addmm_(down[start:end], b[group].t(), alpha=scaling)
@@ -76,15 +84,14 @@ class _GroupedLinear(torch.autograd.Function):
         x, weight, scale, a, b, down = ctx.saved_tensors
         base = Base(weight, scale)
         grad_y = grad_y.contiguous()
-        # The products below fill only what they own: groups without rows keep their zeros.
         grad_x = grad_y.new_empty(grad_y.size(0), weight.size(2)) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_a, grad_b = (None, None) if a is None else (torch.zeros_like(a), torch.zeros_like(b))
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        grad_a, grad_b = (None, None) if a is None else (torch.empty_like(a), torch.empty_like(b))
         workspace = None if grad_x is None else base.workspace(grad_y.dtype)
         for group, (start, end) in _spans(ctx.rows):
             part = grad_y[start:end]
             if grad_x is not None:
-                torch.mm(part, base.group(group, workspace), out=grad_x[start:end])
+                torch.mm(base.scaled(part, group), base.matrix(group, workspace), out=grad_x[start:end])
             if grad_weight is not None:
                 torch.mm(part.t(), x[start:end], out=grad_weight[group])
             if grad_a is not None and grad_b is not None:
@@ -93,6 +100,10 @@ class _GroupedLinear(torch.autograd.Function):
                 torch.mm(part.t(), down[start:end], out=grad_b[group]).mul_(ctx.scaling)
                 if grad_x is not None:
                     grad_x[start:end].addmm_(grad_down, a[group])
+        idle = [group for group, count in enumerate(ctx.rows) if not count]
+        for gradient in (grad_weight, grad_a, grad_b):
+            if gradient is not None and idle:
+                gradient[idle] = 0.0
         return grad_x, grad_weight, None, grad_a, grad_b, None, None
 
 

@@ -60,6 +60,7 @@ def gather_adapters(model: torch.nn.Module, architecture: MoeArchitecture) -> di
         sizes=sizes,
         ranks=all_coordinates(),
         dtype=torch.float32,
+        device=next(model.parameters()).device,
     )
     parts: dict[str, list[torch.Tensor]] = {}
     for slot, tensor in zip(slots, full, strict=True):

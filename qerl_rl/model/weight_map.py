@@ -93,11 +93,11 @@ def export_hf(
     def local(slot: Slot) -> torch.Tensor:
         return _float_weight(model, slot.module_path(layers, sizes), merge_adapters)
 
-    dtype = model.config.params_dtype
+    dtype, device = model.config.params_dtype, next(model.parameters()).device
     slots = [slot for slot in weight_slots(architecture, sizes) if slot.exported]
     for _, group in groupby(slots, key=lambda slot: slot.layer):
         of_layer = list(group)
-        full = gather_slots(of_layer, local, layers=layers, sizes=sizes, ranks=ranks, dtype=dtype)
+        full = gather_slots(of_layer, local, layers=layers, sizes=sizes, ranks=ranks, dtype=dtype, device=device)
         if torch.distributed.get_rank() == 0:
             for slot, tensor in zip(of_layer, full, strict=True):
                 for piece in slot.pieces:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,14 +23,16 @@ class PatchError(RuntimeError):
     """A patch does not apply: the code it replaces has changed, or was imported too early."""
 
 
-def replace(owner: Any, name: str, value: Any) -> Any:
-    """Set `owner.name` to `value` and return what was there.
-
-    Raises: PatchError when `owner` has no such attribute: the patch was written for another version.
-    """
+def existing(owner: Any, name: str) -> Any:
+    """`owner.name`. Raises: PatchError when there is no such attribute: the patch was written for another version."""
     if not hasattr(owner, name):
         raise PatchError(f"{getattr(owner, '__name__', owner)} has no {name}: this patch is for another version of it")
-    original = getattr(owner, name)
+    return getattr(owner, name)
+
+
+def replace(owner: Any, name: str, value: Any) -> Any:
+    """Set `owner.name` to `value` and return what was there. Raises: PatchError when there is no such attribute."""
+    original = existing(owner, name)
     setattr(owner, name, value)
     return original
 
@@ -42,11 +45,11 @@ def apply() -> None:
     # `megatron` alone is a namespace that libraries create when they only look whether megatron.core is installed.
     if "megatron.core" in sys.modules:
         raise PatchError("megatron.core is imported already: call prepare_megatron before anything imports it")
-    for patch in (current_device, streams, random_state, device_arguments, tensor_type_names):
+    for patch in (current_device, streams, random_state, device_arguments, tensor_type_names, warnings_without_remedy):
         patch()
     with compilation_off():
         importlib.import_module("megatron.core")
-    for patch in (tracked_random_state, empty_fp8_shards, alltoall_splits):
+    for patch in (tracked_random_state, empty_fp8_shards, alltoall_splits, uneven_shares):
         patch()
 
 
@@ -126,7 +129,7 @@ def device_arguments() -> None:
     importlib.import_module("torch._dynamo")
     importlib.import_module("torch.utils._device")._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
-        replace(torch, name, _on_cpu(getattr(torch, name)))
+        replace(torch, name, _on_cpu(existing(torch, name)))
     for owner in (torch.Tensor, torch.nn.Module):
         replace(owner, "cuda", lambda self, *args, **kwargs: self)
 
@@ -136,7 +139,7 @@ def tensor_type_names() -> None:
 
     Only Megatron gets that answer; every other caller of Tensor.type sees the truth.
     """
-    original = torch.Tensor.type
+    original = existing(torch.Tensor, "type")
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
@@ -146,6 +149,12 @@ def tensor_type_names() -> None:
         return result
 
     replace(torch.Tensor, "type", type_name)
+
+
+def warnings_without_remedy() -> None:
+    """Every worker prints that Apex and Transformer Engine are missing and that torch renamed collectives."""
+    warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed")
+    warnings.filterwarnings("ignore", message=r".torch\.distributed\.\w+_tensor. is deprecated", category=FutureWarning)
 
 
 # ---- Megatron
@@ -198,3 +207,32 @@ def alltoall_splits() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     replace(module, "maybe_move_tensor_to_cpu", to_host)
+
+
+def uneven_shares() -> None:
+    """Gloo gathers and scatters equal shares only: expert tensor parallelism beside expert parallelism raises."""
+    module = importlib.import_module("megatron.core.tensor_parallel.mappings")
+
+    def is_uneven(sizes: list[int] | None) -> bool:
+        return sizes is not None and len(set(sizes)) > 1
+
+    def gather(share: torch.Tensor, group: Any = None, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if not is_uneven(sizes):
+            return original_gather(share, group, sizes, use_global_buffer)
+        padded = share.new_zeros(max(sizes), *share.shape[1:])
+        padded[: share.size(0)] = share
+        found = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(found, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
+    def reduce_scatter(
+        full: torch.Tensor, group: Any = None, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if not is_uneven(sizes):
+            return original_reduce_scatter(full, group, sizes, use_global_buffer)
+        total = full.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(sizes)[torch.distributed.get_rank(group)].clone()
+
+    original_gather = replace(module, "_gather_along_first_dim", gather)
+    original_reduce_scatter = replace(module, "_reduce_scatter_along_first_dim", reduce_scatter)

@@ -83,7 +83,7 @@ class AdapterSet:
     def update(self, tensors: Mapping[str, torch.Tensor]) -> int:
         """Take over full tensors in the exchange format; returns the bytes of this rank's slices.
 
-        Raises: ValueError when a tensor is missing, unknown or of another shape (which may leave some adapters updated).
+        Raises: ValueError when a tensor is missing, unknown or of another shape; some adapters may be updated then.
         """
         expected = {f"{adapter.name}.{kind}" for adapter in self.adapters for kind in ("lora_A", "lora_B")}
         if tensors.keys() != expected:

@@ -29,8 +29,8 @@ class GroupOutput:
     """The finished samples of a prompt, in the order of their index.
 
     responses: int32 [response], with the end-of-sequence token where there is one. log_probs: float32 [response], the
-    natural log-probability of each token under logits / temperature (greedy: under the logits). finish_reasons: `stop`
-    (end of sequence) or `length`.
+    natural log-probability of each token under logits / temperature (greedy: under the logits), renormalized over the
+    tokens that rollout.top_p and rollout.top_k leave. finish_reasons: `stop` (end of sequence) or `length`.
     """
 
     group: int

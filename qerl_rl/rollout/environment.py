@@ -16,11 +16,9 @@ REQUIRED = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
-DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-
 
 def configure_environment() -> None:
-    """Set what vLLM reads from the environment; logging levels that the user has set stay.
+    """Set what vLLM reads from the environment; a logging level that the user has set stays.
 
     Raises: RuntimeError when vllm is imported already with another setting.
     """
@@ -29,8 +27,7 @@ def configure_environment() -> None:
         if wrong:
             raise RuntimeError(f"vllm was imported before configure_environment() had set {', '.join(wrong)}")
     os.environ.update(REQUIRED)
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # vllm's own handler comes late in its import; what is logged before would go to stderr at any level.
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     # In GiB, and it would win over rollout.kv_cache_bytes.

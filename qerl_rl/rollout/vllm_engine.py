@@ -20,7 +20,9 @@ from qerl_rl.rollout.adapters import AdapterSet
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.kv_cache import KvCacheMemory
+from qerl_rl.rollout.limits import check_expert_sizes
 from qerl_rl.rollout.norm_noise import NormNoise
+from qerl_rl.rollout.weight_memory import drop_unused_copies, weight_bytes
 
 
 class VllmEngine:
@@ -34,6 +36,7 @@ class VllmEngine:
     def __init__(
         self, model_path: str | Path, rollout: RolloutConfig, lora: LoraConfig, *, max_length: int, seed: int
     ) -> None:
+        check_expert_sizes(model_path, rollout)
         configure_environment()
         self._rollout, self._max_length = rollout, max_length
         self._stop_tokens = end_of_sequence_tokens(Path(model_path))
@@ -47,7 +50,8 @@ class VllmEngine:
             apply_patches()
             self._engine = LLMEngine.from_engine_args(_engine_args(model_path, rollout, max_length, seed))
         runner = self._engine.model_executor.driver_worker.worker.model_runner
-        self._weights = sum(tensor.nbytes for tensor in _tensors_of(runner.model))
+        drop_unused_copies(runner.model)
+        self._weights = weight_bytes(runner.model)
         self._adapters = AdapterSet(runner.model, lora) if lora.attention or lora.experts else None
         self._noise = NormNoise(runner.model)
         self._kv_cache = KvCacheMemory(runner.kv_caches)
@@ -200,11 +204,6 @@ def _engine_args(model_path: str | Path, rollout: RolloutConfig, max_length: int
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )
-
-
-def _tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
-    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
-    return list(tensors.values())
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
-"""Sharded checkpoints of the train state: each rank writes its own file, and a checkpoint counts once its meta is there.
+"""Sharded checkpoints of the train state: each rank writes its own file, and the meta, written last, makes it count.
 
-    FOLDER/step_00000010/rank_00000.safetensors   trainable parameters, Adam state and random state of rank 0, bit for bit
-    FOLDER/step_00000010/adapters.safetensors     all adapters, unsharded: any other layout can start from them
-    FOLDER/step_00000010/meta.json                step, updates and layout; written last
+FOLDER/step_00000010/rank_00000.safetensors   rank 0: trainable parameters, Adam state, random state
+FOLDER/step_00000010/adapters.safetensors     all adapters, unsharded: any other layout can start from them
+FOLDER/step_00000010/meta.json                step, updates and layout; written last
+
+Ranks on several machines need a shared FOLDER.
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
             temporary.replace(path)
 
 
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
 def step_folder(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"step_{step:08d}"
 
@@ -65,18 +71,16 @@ def save_rank(
         target.mkdir(parents=True, exist_ok=True)
         (target / META).unlink(missing_ok=True)
     barrier()
-    own = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_durably(target / _rank_file(rank), lambda path: save_file(own, path))
+    write_durably(target / _rank_file(rank), lambda path: save_tensors(path, tensors))
     if rank == 0 and adapters:
-        full = {name: tensor.contiguous() for name, tensor in adapters.items()}
-        write_durably(target / ADAPTERS, lambda path: save_file(full, path))
+        write_durably(target / ADAPTERS, lambda path: save_tensors(path, adapters))
     barrier()
 
 
 def finish(folder: str | Path, step: int, meta: Mapping[str, Any], keep: int) -> None:
     """Make the checkpoint of `step` count (rank 0, once all ranks have written); only the newest `keep` stay."""
     text = json.dumps({"step": step, **meta}, indent=1)
-    write_durably(step_folder(folder, step) / META, lambda path: path.write_text(text) and None)
+    write_durably(step_folder(folder, step) / META, lambda path: _write_text(path, text))
     complete = complete_steps(folder)
     stay = {step, *(complete[-keep:] if keep > 0 else complete)}
     for path in Path(folder).glob("step_*"):
@@ -118,6 +122,10 @@ def load_rank(folder: str | Path, step: int, rank: int) -> dict[str, torch.Tenso
             fix="remove that checkpoint folder to resume from the one before",
             where=str(path),
         ) from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
 
 
 def _rank_file(rank: int) -> str:

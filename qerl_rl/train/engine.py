@@ -16,7 +16,7 @@ from qerl_rl.config.schema import Config
 from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.platform import detect, prepare_megatron
 from qerl_rl.quant.checkpoint import CheckpointReader
-from qerl_rl.train import checkpoint
+from qerl_rl.train import checkpoint, export
 from qerl_rl.train.exchange import largest_over, sum_over_ranks
 from qerl_rl.train.offload import Offloader, SpillFile, StateStore
 from qerl_rl.train.packing import Pack, make_pack, partition_alike
@@ -37,7 +37,7 @@ class TokenScores:
 
 
 class TrainEngine:
-    """Trains the adapters (or, with lora.rank 0 over an unquantized base, everything) of the model at config.model.path.
+    """Trains the adapters of the model at config.model.path (with lora.rank 0 and no quantization, all of it).
 
     Runs on every rank; the caller has initialised the default process group. All methods are collective, and ranks of
     one data-parallel rank pass the same samples. `store` takes the state that leaves memory; by default an unlinked
@@ -104,11 +104,14 @@ class TrainEngine:
     # ---- compute
 
     def log_probs(self, samples: Samples, *, adapters: bool = True) -> TokenScores | None:
-        """Log-probs of the response tokens and entropies at logits / rollout.temperature, on `is_output_rank` else None.
+        """Log-probs of the response tokens, and entropies, at rollout.temperature; None except on `is_output_rank`.
 
         adapters=False gives those of the reference: the base model, whatever has been trained since.
+        Raises: ValueError for adapters=False where everything trains: the reference is gone.
         """
         self._require_state("log_probs")
+        if not adapters and not self.has_adapters:
+            raise ValueError("adapters=False needs adapters: with lora.rank=0 the base itself has been trained")
         packs = self._packs(samples)
         if adapters:
             found = self._passes.scores(packs)
@@ -188,6 +191,7 @@ class TrainEngine:
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes of train state in memory now: parameters, gradients, optimizer."""
+        self._state.track(self._offloader)
         return self._offloader.held_bytes()
 
     def _require_state(self, purpose: str) -> None:
@@ -239,11 +243,31 @@ class TrainEngine:
         return meta["step"]
 
     def export(self, folder: str | Path) -> None:
-        """Write the trained model for other programs; see `qerl_rl.train.export`."""
+        """Write the trained model for other programs, as `qerl_rl.train.export` describes."""
         self._require_state("export")
-        from qerl_rl.train.export import export_model
+        from qerl_rl.model.weight_map import export_hf
 
-        export_model(self, Path(folder))
+        target, source = Path(folder), Path(self.config.model.path)
+        weights = export_hf(self.model, self.architecture, merge_adapters=self.has_adapters)
+        adapters = self.gather_adapters()
+        if dist.get_rank() == 0:
+            export.write_merged(target / "hf", source, weights)
+            if adapters:
+                export.write_adapters(
+                    target / "adapter",
+                    adapters,
+                    architecture=self.architecture,
+                    lora=self.config.lora,
+                    base=str(source.resolve()),
+                )
+                checkpoint.write_durably(
+                    target / checkpoint.ADAPTERS, lambda path: checkpoint.save_tensors(path, adapters)
+                )
+        else:
+            # Its tensors come out on rank 0 only, but every rank takes part in gathering them.
+            for _ in weights:
+                pass
+        dist.barrier()
 
     def _layout(self) -> dict[str, Any]:
         train, lora = self.config.train, self.config.lora

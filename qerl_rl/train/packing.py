@@ -47,13 +47,11 @@ def _longest_first(lengths: Sequence[int], order: Sequence[int], count: int) -> 
     return batches
 
 
-def partition_alike(
-    lengths: Sequence[int], micro_batch_tokens: int, largest: Callable[[int], int]
-) -> list[list[int]]:
+def partition_alike(lengths: Sequence[int], micro_batch_tokens: int, largest: Callable[[int], int]) -> list[list[int]]:
     """`partition`, with the same number of micro-batches on all data-parallel ranks.
 
-    Expert-parallel collectives cross data-parallel ranks, so every rank must run as many micro-batches as the others; a rank
-    with too few samples gets empty ones at the end.
+    Expert-parallel collectives cross data-parallel ranks, so every rank must run as many micro-batches as the others;
+    a rank with too few samples gets empty ones at the end.
 
     Args: largest: an integer of this rank -> the largest over all data-parallel ranks (a collective).
     """

@@ -1,4 +1,4 @@
-"""Forward and backward passes over packed micro-batches, through Megatron's schedules. Import after `prepare_megatron`."""
+"""Forward and backward passes over packed micro-batches, by Megatron's schedules. Import after prepare_megatron."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from qerl_rl.train.packing import Pack
 from qerl_rl.train.scores import vocab_parallel_scores
@@ -16,6 +17,32 @@ from qerl_rl.train.scores import vocab_parallel_scores
 LossFunction = Callable[
     [torch.Tensor, torch.Tensor, dict[str, torch.Tensor], torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]
 ]
+
+
+class PositionSelection:
+    """Makes an output layer compute the logits at `positions` only, or everywhere while that is None.
+
+    Prompts need no logits, and over a large vocabulary these are most of what a micro-batch holds and a good part of
+    what it computes.
+    """
+
+    def __init__(self, output_layer: torch.nn.Module) -> None:
+        self.positions: torch.Tensor | None = None
+        # Positions count along the whole sequence, so it is gathered here and not in the layer; the gradients of the
+        # ranks' parts of the vocabulary are summed on the way back either way.
+        self._gathers = output_layer.sequence_parallel
+        if self._gathers:
+            output_layer.sequence_parallel = False
+            output_layer.disable_grad_reduce = True
+        output_layer.register_forward_pre_hook(self._select)
+
+    def _select(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden, *others = inputs
+        if self._gathers:
+            hidden = gather_from_sequence_parallel_region(hidden)
+        if self.positions is not None:
+            hidden = hidden.index_select(0, self.positions)
+        return (hidden, *others)
 
 
 class Passes:
@@ -26,6 +53,7 @@ class Passes:
 
     def __init__(self, model: torch.nn.Module, *, vocabulary: int, temperature: float) -> None:
         self._model, self._vocabulary, self._temperature = model, vocabulary, temperature
+        self._selection = PositionSelection(model.module.output_layer) if model.module.post_process else None
 
     def scores(self, packs: Sequence[Pack]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(log_probs [N], entropy [N]) float32 of the response tokens of each pack, without gradients."""
@@ -55,7 +83,7 @@ class Passes:
                 weights = (1.0 / pack.response_lengths).repeat_interleave(pack.response_lengths)
                 normalizer = torch.tensor(len(pack.indices))
             loss, metrics = loss_function(log_probs, entropy, pack.columns, weights)
-            sums = {name: float(value) for name, value in {"loss": loss, **metrics}.items()}
+            sums = {name: float(value) for name, value in {"loss": loss.detach(), **metrics}.items()}
             return loss, normalizer.int(), sums
 
         totals: dict[str, float] = {}
@@ -69,6 +97,8 @@ class Passes:
 
         def forward(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., tuple]]:
             pack = next(iterator)
+            if self._selection:
+                self._selection.positions = pack.positions
             output = model(pack.tokens, pack.position_ids, None, packed_seq_params=_packed(pack))
             return output, lambda logits: finish(pack, *self._score(logits, pack))
 
@@ -84,9 +114,9 @@ class Passes:
         )
 
     def _score(self, logits: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores of the response tokens from logits [1, T, V / tensor_parallel]."""
+        """Scores of the response tokens from their logits [1, N, V / tensor_parallel]."""
         return vocab_parallel_scores(
-            logits[0].index_select(0, pack.positions),
+            logits[0],
             pack.targets,
             temperature=self._temperature,
             vocabulary=self._vocabulary,

@@ -27,7 +27,7 @@ class Samples:
         for index, (tokens, length) in enumerate(zip(self.tokens, self.response_lengths, strict=True)):
             # The first token of a response is predicted by the last of its prompt.
             if not 0 <= length < len(tokens):
-                raise ValueError(f"sample {index} has {len(tokens)} tokens and a response of {length}: no prompt is left")
+                raise ValueError(f"sample {index} has {len(tokens)} tokens, its response {length}: no prompt is left")
         for name, values in self.columns.items():
             found = [len(value) for value in values]
             if found != list(self.response_lengths):

@@ -19,10 +19,7 @@ class _VocabParallelScores(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, first: int, group: dist.ProcessGroup | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         count, width = logits.shape
-        if width:
-            maximum = logits.amax(dim=-1, keepdim=True)
-        else:
-            maximum = logits.new_full((count, 1), -torch.inf)
+        maximum = logits.amax(dim=-1, keepdim=True) if width else logits.new_full((count, 1), -torch.inf)
         _reduce(maximum, group, dist.ReduceOp.MAX)
         log_probs = logits - maximum
         probs = log_probs.exp()

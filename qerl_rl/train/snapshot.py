@@ -1,8 +1,8 @@
 """The changing state of one rank as named tensors, and back. Import after `prepare_megatron`.
 
-    parameter/NAME                     a trainable parameter of this rank, as it lies in the model
-    optimizer/NAME/{master,exp_avg,exp_avg_sq,step}   this rank's float32 shard of it and its Adam state
-    random/torch, random/tracker/NAME  states of the random generators, uint8
+parameter/NAME                     a trainable parameter of this rank, as it lies in the model
+optimizer/NAME/{master,exp_avg,exp_avg_sq,step}   this rank's float32 shard of it and its Adam state
+random/torch, random/tracker/NAME  states of the random generators, uint8
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 from qerl_rl.config.schema import TrainConfig
 from qerl_rl.train.offload import Offloader
@@ -62,8 +63,22 @@ class TrainState:
             group["lr"] = value
 
     def zero_gradients(self) -> None:
+        # The optimizer takes its gradients from these buffers at each step: its own zero_grad has nothing to do.
         self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
+
+
+def _mark_split_parameters(model: torch.nn.Module) -> None:
+    """Say which parameters are split over tensor-parallel ranks: the others count once in the gradient norm.
+
+    Megatron's layers say so themselves only when they also draw their first weights, which load_hf makes superfluous.
+    """
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            for parameter in module.parameters(recurse=False):
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        elif isinstance(module, RowParallelLinear):
+            # Its bias is not split.
+            module.weight.tensor_model_parallel = True
 
 
 def build_state(model: torch.nn.Module, config: TrainConfig) -> TrainState:
@@ -73,6 +88,7 @@ def build_state(model: torch.nn.Module, config: TrainConfig) -> TrainState:
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the model has no trainable parameter on this rank")
+    _mark_split_parameters(model)
     distributed = DistributedDataParallelConfig(
         use_distributed_optimizer=True, overlap_grad_reduce=False, grad_reduce_in_fp32=True
     )

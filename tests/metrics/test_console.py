@@ -126,8 +126,10 @@ def test_a_long_phase_without_any_call_still_shows_progress():
 
 def summary_text(history, paths, **options):
     stream = io.StringIO()
-    table = summary_table(history, paths, **({"steps": 20, "elapsed_s": 250.0, "phase_seconds": {}} | options))
-    Console(file=stream, width=120).print(table)
+    table = summary_table(
+        history, paths, steps=20, samples_per_step=64, **({"elapsed_s": 250.0, "phase_seconds": {}} | options)
+    )
+    Console(file=stream, width=120, force_terminal=False, color_system=None).print(table)
     return stream.getvalue()
 
 
@@ -138,7 +140,7 @@ def cell(text, label):
 
 def test_summary_compares_the_first_and_the_last_five_steps():
     text = summary_text([step_metrics(step) for step in range(1, 21)], {})
-    assert cell(text, "steps") == "20 of 20 in 4:10"
+    assert cell(text, "steps") == "20 of 20 in 4:10, 64 samples each"
     assert cell(text, "reward") == "first 0.150, last 0.900 (+0.750; mean of 5 steps)"
     assert cell(text, "entropy") == "first 1.850, last 1.100 (-0.750; mean of 5 steps)"
     assert cell(text, "rollout speed") == "1,010 tokens/s, median of the steps"
@@ -174,7 +176,7 @@ def test_summary_lists_what_was_written_and_folds_nothing():
 
 
 def test_summary_of_a_run_without_a_step():
-    assert cell(summary_text([], {}), "steps") == "0 of 20 in 4:10"
+    assert cell(summary_text([], {}), "steps") == "0 of 20 in 4:10, 64 samples each"
 
 
 def test_durations_and_bytes_are_readable():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,23 @@ from qerl_rl.config.schema import LoraConfig, TrainConfig
 from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.platform import detect, prepare_megatron
 from qerl_rl.quant.checkpoint import CheckpointReader
+from tests.ranks import fresh_world
 
 LENGTHS = [7, 1, 22, 12, 6]
 """Tokens of the packed sequences: 48 together, which two tensor-parallel ranks can halve."""
 
 
-def start(train: TrainConfig, port: int | None = None) -> None:
-    """Process group and Megatron's groups for `train`; with a port, of a world that is this process alone."""
+def start(train: TrainConfig) -> None:
+    """Process group and Megatron's groups for `train`, in place of those of another layout."""
     prepare_megatron(detect("cpu"))
-    if port is not None:
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
     from megatron.core import parallel_state
 
-    from qerl_rl.model.build import initialize_parallel
+    from qerl_rl.model.parallel import current_sizes, initialize_parallel, parallel_sizes
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    # Every layout makes about 20 process groups: keep those there are when they fit.
+    if parallel_state.model_parallel_is_initialized() and current_sizes() == parallel_sizes(train):
+        return
+    fresh_world()
     initialize_parallel(train)
 
 
@@ -54,9 +52,19 @@ def load(folder: Path, train: TrainConfig, lora: LoraConfig | None = None) -> Lo
     return Loaded(architecture, model, reader)
 
 
+def set_random_adapters(loaded: Loaded, seed: int = 5) -> None:
+    """Give the adapters (their B is zero at first) values that show."""
+    from qerl_rl.model.lora import gather_adapters, load_adapters
+
+    generator = torch.Generator().manual_seed(seed)
+    shapes = gather_adapters(loaded.model, loaded.architecture)
+    tensors = {name: torch.randn(tensor.shape, generator=generator) * 0.2 for name, tensor in shapes.items()}
+    load_adapters(loaded.model, loaded.architecture, tensors)
+
+
 def sequences(vocabulary_size: int, lengths: list[int] | None = None) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return [torch.randint(0, vocabulary_size, (length,), generator=generator) for length in lengths or LENGTHS]
+    return [torch.randint(1, vocabulary_size, (length,), generator=generator) for length in lengths or LENGTHS]
 
 
 def packed(tokens: list[torch.Tensor]) -> dict[str, Any]:
@@ -124,3 +132,22 @@ def summed_gradients(loaded: Loaded) -> dict[str, torch.Tensor]:
             dist.all_reduce(parameter.grad, group=group())
             parameter.data.copy_(parameter.grad / parallel_state.get_data_parallel_world_size())
     return gather_adapters(loaded.model, loaded.architecture)
+
+
+@torch.no_grad()
+def replace_weights_by_gradients(loaded: Loaded) -> None:
+    """Put the gradient of every weight in its place (what Megatron's DDP and finalize_model_grads sum is summed)."""
+    from megatron.core import parallel_state
+
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    for parameter in loaded.model.parameters():
+        assert parameter.grad is not None, "a weight got no gradient"
+        if not getattr(parameter, "allreduce", True):
+            dist.all_reduce(parameter.grad, group=parallel_state.get_expert_data_parallel_group())
+        if getattr(parameter, "sequence_parallel", False):
+            dist.all_reduce(parameter.grad, group=tensor_group)
+    if loaded.model.share_embeddings_and_output_weights and parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        shared = loaded.model.shared_embedding_or_output_weight()
+        dist.all_reduce(shared.grad, group=parallel_state.get_embedding_group())
+    for parameter in loaded.model.parameters():
+        parameter.copy_(parameter.grad)

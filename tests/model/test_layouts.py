@@ -11,6 +11,7 @@ import torch
 
 from qerl_rl.config.schema import LoraConfig, TrainConfig
 from tests.model import harness
+from tests.model.conftest import Ranks
 from tests.ranks import run_ranks
 
 LAYOUTS = {
@@ -26,24 +27,16 @@ FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral")
 LORA = LoraConfig(rank=4, alpha=8.0)
 
 
-def _random_adapters(loaded: harness.Loaded) -> dict[str, torch.Tensor]:
-    from qerl_rl.model.lora import gather_adapters
-
-    generator = torch.Generator().manual_seed(5)
-    shapes = gather_adapters(loaded.model, loaded.architecture)
-    return {name: torch.randn(tensor.shape, generator=generator) * 0.2 for name, tensor in shapes.items()}
-
-
 def _one_layout(train: TrainConfig, lora: LoraConfig, folder: Path) -> dict[str, Any]:
     """What must not depend on the layout: first adapters, adapters after a round trip, export, loss, gradients."""
     harness.start(train)
-    from qerl_rl.model.lora import gather_adapters, load_adapters
+    from qerl_rl.model.lora import gather_adapters
     from qerl_rl.model.weight_map import export_hf
 
     loaded = harness.load(folder, train, lora)
     model, architecture = loaded.model, loaded.architecture
     found: dict[str, Any] = {"first": gather_adapters(model, architecture)}
-    load_adapters(model, architecture, _random_adapters(loaded))
+    harness.set_random_adapters(loaded)
     found["adapters"] = gather_adapters(model, architecture)
     found["base"] = dict(export_hf(model, architecture))
     found["merged"] = dict(export_hf(model, architecture, merge_adapters=True))
@@ -55,6 +48,29 @@ def _one_layout(train: TrainConfig, lora: LoraConfig, folder: Path) -> dict[str,
 def _shareable(value: Any) -> Any:
     # Tensors would go through shared memory, which ends with the process that made it.
     return {name: tensor.numpy() for name, tensor in value.items()} if isinstance(value, dict) else value
+
+
+def _route_to_first_experts(model: Any) -> None:
+    """Send every token to experts 0 and 1, so that a rank with other experts gets none."""
+    for layer in model.decoder.layers:
+        router = layer.mlp.router
+
+        def routing(logits: torch.Tensor, experts: int = router.num_experts) -> tuple[torch.Tensor, torch.Tensor]:
+            flat = logits.view(-1, experts)
+            probabilities = torch.zeros_like(flat)
+            probabilities[:, :2] = flat[:, :2].softmax(-1)
+            return probabilities, torch.arange(experts).lt(2).expand_as(flat).contiguous()
+
+        router.routing = routing
+
+
+def _with_idle_experts(train: TrainConfig, folder: Path) -> dict[str, Any]:
+    harness.start(train)
+    loaded = harness.load(folder, train, LORA)
+    harness.set_random_adapters(loaded)
+    _route_to_first_experts(loaded.model)
+    harness.loss_and_gradients(loaded, harness.sequences(loaded.architecture.vocabulary_size))
+    return _shareable(harness.summed_gradients(loaded))
 
 
 def _all_layouts(layouts: list[TrainConfig], lora: LoraConfig, folder: Path) -> list[dict[str, Any]]:
@@ -69,10 +85,12 @@ def _assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: flo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layouts_hold_the_same_model_and_give_the_same_gradients(family: str, tiny_w8a8: Callable[..., Path]) -> None:
+def test_layouts_hold_the_same_model_and_give_the_same_gradients(
+    family: str, tiny_w8a8: Callable[..., Path], one_rank: Ranks, two_ranks: Ranks
+) -> None:
     folder = tiny_w8a8(family, layers=2)
-    [[expected]] = run_ranks(_all_layouts, 1, [TrainConfig()], LORA, folder)
-    results = run_ranks(_all_layouts, 2, list(LAYOUTS.values()), LORA, folder)
+    [[expected]] = one_rank(_all_layouts, [TrainConfig()], LORA, folder)
+    results = two_ranks(_all_layouts, list(LAYOUTS.values()), LORA, folder)
     for number, name in enumerate(LAYOUTS):
         first, second = (rank[number] for rank in results)
         for kind in ("first", "adapters"):
@@ -83,3 +101,27 @@ def test_layouts_hold_the_same_model_and_give_the_same_gradients(family: str, ti
         _assert_same(first["merged"], expected["merged"], 1e-6)
         assert max(first["loss"], second["loss"]) == pytest.approx(expected["loss"], rel=1e-6), name
         _assert_same(first["gradients"], expected["gradients"], 2e-5)
+
+
+def test_experts_split_both_ways_over_four_ranks_give_the_same_gradients(
+    tiny_w8a8: Callable[..., Path], one_rank: Ranks
+) -> None:
+    folder = tiny_w8a8("qwen2_moe", layers=2)
+    layout = TrainConfig(tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2)
+    [[expected]] = one_rank(_all_layouts, [TrainConfig()], LORA, folder)
+    [first], *_ = run_ranks(_all_layouts, 4, [layout], LORA, folder)
+    _assert_same(first["base"], expected["base"])
+    _assert_same(first["gradients"], expected["gradients"], 2e-5)
+
+
+def test_rank_without_tokens_gives_zero_gradients_and_the_others_theirs(
+    tiny_w8a8: Callable[..., Path], one_rank: Ranks, two_ranks: Ranks
+) -> None:
+    folder = tiny_w8a8("qwen3_moe", layers=2)
+    [expected] = one_rank(_with_idle_experts, TrainConfig(), folder)
+    idle = expected["model.layers.0.mlp.experts.w13.lora_A"][2:]
+    assert idle.size > 0
+    assert not idle.any()
+    for layout in ("EP2", "TP2 EP2"):
+        found, _ = two_ranks(_with_idle_experts, LAYOUTS[layout], folder)
+        _assert_same(found, expected, 2e-5)

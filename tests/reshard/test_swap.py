@@ -123,14 +123,14 @@ def train_and_swap(model, folder, train, rollout):
 def fresh_engine(model, folder, config_sections):
     """An engine that never saw the trainer, loaded from the checkpoint and the exported adapter."""
     import torch
-    from qerl_rl.rollout.vllm_engine import VllmEngine
+    from safetensors.torch import load_file
 
-    from qerl_rl.train.exchange import read_adapter
+    from qerl_rl.rollout.vllm_engine import VllmEngine
 
     torch.distributed.init_process_group("gloo")
     config = base_config(model, folder, {}, config_sections)
     engine = VllmEngine(str(model), config.rollout, config.lora, max_length=64, seed=3)
-    engine.set_adapters(read_adapter(Path(folder) / "export" / "adapter"))
+    engine.set_adapters(load_file(Path(folder) / "export" / "adapters.safetensors"))
     return greedy(engine)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from qerl_rl.config.schema import (
@@ -24,12 +23,13 @@ from qerl_rl.platform import detect, prepare_megatron
 from qerl_rl.quant.checkpoint import CheckpointReader, quantize_checkpoint
 from qerl_rl.train.engine import TrainEngine
 from qerl_rl.train.samples import Samples
+from tests.ranks import fresh_world
 
 VOCABULARY = 90
 
 
 def make_checkpoints(folder: Path) -> dict[str, str]:
-    """A random Qwen3-MoE in float32 under `folder`/full and its W8A8 twin under `folder`/w8a8; paths by quant.format."""
+    """A random Qwen3-MoE in float32 and its W8A8 twin, in folders of `folder`; their paths by quant.format."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(11)
@@ -38,7 +38,7 @@ def make_checkpoints(folder: Path) -> dict[str, str]:
         hidden_size=64,
         intermediate_size=96,
         moe_intermediate_size=48,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
@@ -56,8 +56,11 @@ def make_checkpoints(folder: Path) -> dict[str, str]:
     return {"none": str(folder / "full"), "w8a8": str(folder / "w8a8")}
 
 
-def make_config(paths: dict[str, str], *, quant: str = "w8a8", workers: int = 1, rank: int = 4, **train: object) -> Config:
-    settings = {"device": "cpu", "micro_batch_tokens": 64, "learning_rate": 3e-3, "recompute": "none", **train}
+def make_config(
+    paths: dict[str, str], *, quant: str = "w8a8", workers: int = 1, rank: int = 4, **train: object
+) -> Config:
+    """Keywords beyond those named are train.*; `rank` is lora.rank."""
+    settings = {"device": "cpu", "micro_batch_tokens": 80, "learning_rate": 3e-3, "recompute": "none", **train}
     return Config(
         cluster=ClusterConfig(workers=workers),
         model=ModelConfig(path=paths[quant], max_length=128),
@@ -97,12 +100,8 @@ def policy_gradient(
 
 def start_engine(config: Config, **arguments: object) -> TrainEngine:
     """An engine in this process, in place of any earlier one: the layout may be another."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
     prepare_megatron(detect("cpu"))
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    fresh_world()
     return TrainEngine(config, **arguments)  # type: ignore[arg-type]
 
 

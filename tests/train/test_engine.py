@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from qerl_rl.train.samples import Samples
-from tests.ranks import run_ranks
 from tests.train.models import dequantize_folder, make_config, make_samples, policy_gradient, share, start_engine
 
 
@@ -33,8 +32,8 @@ def hf_scores(folder: str, samples: Samples, temperature: float) -> dict[str, np
     return {"log_probs": torch.cat(log_probs).numpy(), "entropy": torch.cat(entropy).numpy()}
 
 
-def test_scores_equal_those_of_transformers_however_packed(checkpoints, tmp_path):
-    one_by_one, some, all_together = run_ranks(scores_by_packing, 1, checkpoints)[0]
+def test_scores_equal_those_of_transformers_however_packed(one_rank, checkpoints, tmp_path):
+    one_by_one, some, all_together = one_rank.run(scores_by_packing, checkpoints)[0]
     dequantize_folder(checkpoints, tmp_path)
     expected = hf_scores(str(tmp_path), make_samples(), make_config(checkpoints).rollout.temperature)
     for name, values in expected.items():
@@ -54,14 +53,14 @@ def updates_by_micro_batch(paths: dict[str, str], aggregation: str) -> list[list
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_eight_micro_batches_of_one_equal_one_of_eight(checkpoints, aggregation):
-    eight, some, one = run_ranks(updates_by_micro_batch, 1, checkpoints, aggregation)[0]
+def test_eight_micro_batches_of_one_equal_one_of_eight(one_rank, checkpoints, aggregation):
+    eight, some, one = one_rank.run(updates_by_micro_batch, checkpoints, aggregation)[0]
     for update, expected, other in zip(eight, one, some, strict=True):
         assert update == pytest.approx(expected, rel=1e-5)
         assert other == pytest.approx(expected, rel=1e-5)
 
 
-def one_rank(paths: dict[str, str]) -> dict:
+def train_alone(paths: dict[str, str]) -> dict:
     samples = make_samples(9)
     config = make_config(paths, warmup_steps=4, learning_rate=1e-2)
     engine = start_engine(config)
@@ -72,7 +71,6 @@ def one_rank(paths: dict[str, str]) -> dict:
     found["rates"] = [engine.update(samples, policy_gradient)["learning_rate"] for _ in range(4)]
     found["trained"] = engine.log_probs(samples)
     found["reference"] = engine.log_probs(samples, adapters=False)
-    found["is_output_rank"] = engine.is_output_rank
     found["errors"] = [
         _error(engine, samples.select([]), policy_gradient),
         _error(engine, Samples([np.arange(4)], [0]), policy_gradient),
@@ -91,8 +89,8 @@ def _error(engine, *arguments, **named) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoints) -> dict:
-    return run_ranks(one_rank, 1, checkpoints)[0]
+def alone(one_rank, checkpoints) -> dict:
+    return one_rank.run(train_alone, checkpoints)[0]
 
 
 @pytest.mark.parametrize(("aggregation", "before"), [("token_mean", "base"), ("sequence_mean", "second")])
@@ -144,9 +142,9 @@ def unequal(paths: dict[str, str], counts: list[int], layout: dict) -> dict:
 
 @pytest.mark.parametrize("counts", [[11, 1], [0, 12]], ids=["11 and 1", "0 and 12"])
 @pytest.mark.parametrize("layout", [{}, {"expert_parallel": 2}], ids=["data 2", "expert 2"])
-def test_ranks_with_unequal_sample_counts_train_as_one(checkpoints, counts, layout):
-    expected = run_ranks(unequal, 1, checkpoints, [12], {})[0]
-    found = run_ranks(unequal, 2, checkpoints, counts, layout)
+def test_ranks_with_unequal_sample_counts_train_as_one(one_rank, two_ranks, checkpoints, counts, layout):
+    expected = one_rank.run(unequal, checkpoints, [12], {})[0]
+    found = two_ranks.run(unequal, checkpoints, counts, layout)
     for rank in found:
         for update, other in zip(rank["updates"], expected["updates"], strict=True):
             assert update == pytest.approx(other, rel=1e-5)
@@ -166,10 +164,22 @@ def float32_updates(paths: dict[str, str]) -> list[dict[str, float]]:
     return [engine.update(make_samples(), policy_gradient) for _ in range(4)]
 
 
-def test_bfloat16_training_follows_float32(checkpoints):
-    exact = run_ranks(float32_updates, 1, checkpoints)[0]
-    for rank in run_ranks(in_dtype, 2, checkpoints, {"expert_parallel": 2}):
+def test_bfloat16_training_follows_float32(one_rank, two_ranks, checkpoints):
+    exact = one_rank.run(float32_updates, checkpoints)[0]
+    for rank in two_ranks.run(in_dtype, checkpoints, {"expert_parallel": 2}):
         for update, expected in zip(rank["updates"], exact, strict=True):
             # bfloat16 keeps 8 bits: 2^-8 per rounding, and some routing near-ties fall the other way.
             assert update["loss"] == pytest.approx(expected["loss"], abs=0.05)
             assert update["log_prob"] == pytest.approx(expected["log_prob"], rel=0.02)
+
+
+def reference_without_adapters(paths: dict[str, str]) -> str:
+    try:
+        start_engine(make_config(paths, quant="none", rank=0)).log_probs(make_samples(), adapters=False)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def test_a_model_trained_whole_has_no_reference_to_give(one_rank, checkpoints):
+    assert "lora.rank=0" in one_rank.run(reference_without_adapters, checkpoints)[0]

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from tests.ranks import run_ranks
 from tests.train.models import make_config, make_samples, policy_gradient, share, start_engine
 
 LAYOUTS = {
@@ -11,28 +10,32 @@ LAYOUTS = {
     "tensor 2": {"tensor_parallel": 2, "expert_tensor_parallel": 2},
     "tensor 2, whole experts": {"tensor_parallel": 2},
     "expert 2": {"expert_parallel": 2},
-    "expert 2, allgather": {"expert_parallel": 2, "token_dispatcher": "allgather"},
     "pipeline 2": {"pipeline_parallel": 2},
     "tensor 2, expert 2": {"tensor_parallel": 2, "expert_parallel": 2},
+    "tensor 2, expert 2, allgather": {"tensor_parallel": 2, "expert_parallel": 2, "token_dispatcher": "allgather"},
 }
 RECOMPUTED = {
     f"{layout}, recompute {mode}": {**LAYOUTS[layout], "recompute": mode}
-    for layout in ("expert 2", "pipeline 2", "tensor 2, expert 2")
-    for mode in ("full", "selective")
+    for layout, mode in (
+        ("data 2", "full"),
+        ("pipeline 2", "full"),
+        ("tensor 2, expert 2", "full"),
+        ("tensor 2, expert 2", "selective"),
+    )
 }
 # What trains: adapters over an int8 base, or every weight of the unquantized model.
 KINDS = {"adapters": {"quant": "w8a8"}, "everything": {"quant": "none", "rank": 0}}
 
 
 def train(paths: dict[str, str], cases: dict[str, dict], kind: dict) -> dict[str, dict]:
-    """Four updates in each case, of both aggregations; what came out, by case."""
+    """Three updates in each case, of both aggregations; what came out, by case."""
     found = {}
     for name, settings in cases.items():
         engine = start_engine(make_config(paths, workers=2, **kind, **settings))
         own = share(make_samples(), engine.data_parallel_rank, engine.data_parallel_size)
         updates = [
             engine.update(own, policy_gradient, aggregation=aggregation)
-            for aggregation in ("token_mean", "token_mean", "sequence_mean", "sequence_mean")
+            for aggregation in ("token_mean", "sequence_mean", "token_mean")
         ]
         scores = engine.log_probs(own)
         reference = engine.log_probs(own, adapters=not engine.has_adapters)
@@ -53,14 +56,14 @@ def kind(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoints, kind) -> dict:
+def alone(one_rank, checkpoints, kind) -> dict:
     """One rank with everything."""
-    return run_ranks(train, 1, checkpoints, {"alone": {}}, KINDS[kind])[0]["alone"]
+    return one_rank.run(train, checkpoints, {"alone": {}}, KINDS[kind])[0]["alone"]
 
 
 @pytest.fixture(scope="module")
-def together(checkpoints, kind) -> list[dict]:
-    return run_ranks(train, 2, checkpoints, {**LAYOUTS, **RECOMPUTED}, KINDS[kind])
+def together(two_ranks, checkpoints, kind) -> list[dict]:
+    return two_ranks.run(train, checkpoints, {**LAYOUTS, **RECOMPUTED}, KINDS[kind])
 
 
 @pytest.mark.parametrize("case", [*LAYOUTS, *RECOMPUTED])

@@ -1,5 +1,6 @@
 """Which samples go together, and where their response tokens lie in the packed sequence."""
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -81,8 +82,8 @@ def test_a_pack_predicts_exactly_the_response_tokens(lengths, multiple, seed):
     assert len(tokens) % multiple == 0
     assert pack.cumulative_lengths[-1] == len(tokens)
     bounds = pack.cumulative_lengths.tolist()
-    assert pack.longest == max(end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True))
-    for index, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    assert pack.longest == max(end - start for start, end in itertools.pairwise(bounds))
+    for index, (start, end) in enumerate(itertools.pairwise(bounds)):
         assert pack.position_ids[0, start:end].tolist() == list(range(end - start))
         if index < len(samples):
             assert tokens[start:end].tolist() == samples.tokens[index].tolist()

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from qerl_rl.train.scores import vocab_parallel_scores
-from tests.ranks import run_ranks
 
 
 def draw(count: int = 23, vocabulary: int = 37, scale: float = 3.0) -> tuple[torch.Tensor, ...]:
@@ -72,7 +71,8 @@ def test_padding_entries_have_no_probability_and_no_gradient():
 
 
 def scores_of_a_rank(width: int, vocabulary: int) -> list[np.ndarray]:
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     rank = int(os.environ["RANK"])
     logits, targets, weights = draw(vocabulary=vocabulary)
     padded = torch.nn.functional.pad(logits, (0, 2 * width - vocabulary), value=9.0)
@@ -85,10 +85,10 @@ def scores_of_a_rank(width: int, vocabulary: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(("width", "vocabulary"), [(20, 37), (40, 37)], ids=["padded tail", "one rank of padding"])
-def test_a_split_vocabulary_gives_the_scores_of_the_whole(width, vocabulary):
+def test_a_split_vocabulary_gives_the_scores_of_the_whole(two_ranks, width, vocabulary):
     logits, targets, weights = draw(vocabulary=vocabulary)
     log_probs, entropy, gradient = reference(logits, targets, weights, 0.8)
     gradient = torch.nn.functional.pad(gradient, (0, 2 * width - vocabulary))
-    for rank, found in enumerate(run_ranks(scores_of_a_rank, 2, width, vocabulary)):
+    for rank, found in enumerate(two_ranks.run(scores_of_a_rank, width, vocabulary)):
         parts = [torch.from_numpy(part) for part in found]
         assert_close(parts, [log_probs, entropy, gradient[:, rank * width : (rank + 1) * width]])

@@ -109,6 +109,9 @@ def test_a_batch_is_read_in_another_process_without_the_driver_touching_its_payl
     assert dock.status()["consumers"]["train"] == {"ready": 0, "leased": 5, "acked": 3}
     dock.release(parts[1])
     assert list(dock.get("train", 5).keys) == list(parts[1].keys)
+    [nothing] = batch.split([[]])
+    assert (len(nothing.columns["responses"]), nothing.columns["rewards"].shape) == (0, (0,))
+    dock.ack(nothing)
     with pytest.raises(InvalidRequest, match="distinct rows"):
         batch.split([[0, 1], [1]])
 
@@ -153,7 +156,7 @@ def test_a_get_waits_for_its_step_only(make_dock: MakeDock) -> None:
     dock = make_dock(consumers={"train": ["rewards"]})
     for step in (1, 2):
         dock.put({"rewards": [float(step)] * 8}, keys_of(range(2), step))
-    assert {key.step for key in dock.get("train", 4, step=2, whole_groups=True).keys} == {2}
+    assert list(dock.get("train", 4, step=2, whole_groups=True).keys) == keys_of(range(1), step=2)
     assert [key.step for key in dock.get("train", 12).keys] == [1] * 8 + [2] * 4
 
 
@@ -175,6 +178,7 @@ def wrong_calls(dock: TransferDock, keys: list[SampleKey]) -> list[tuple[type[Ex
         (UnknownConsumer, "did you mean 'train'", lambda: dock.get("trainer", 1)),
         (InvalidRequest, "multiples of samples_per_group=4", lambda: dock.get("train", 6, whole_groups=True)),
         (InvalidRequest, "minimum=3, count=2", lambda: dock.get("train", 2, minimum=3)),
+        (InvalidRequest, r"keys are SampleKey\(step, group, index\)", lambda: dock.put({"rewards": [0.0]}, [(1, 2)])),
         (InvalidRequest, "appears twice", lambda: dock.put({"rewards": rewards}, keys[:4] * 2)),
         (InvalidRequest, "would have 8 samples", lambda: dock.put({"rewards": rewards}, keys_of(range(1), size=8))),
         (InvalidRequest, "can never fit", lambda: dock.put({"experts": [np.zeros(1 << 18, np.uint8)] * 8}, keys)),

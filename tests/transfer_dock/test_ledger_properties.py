@@ -18,12 +18,14 @@ from transfer_dock.keys import SampleKey
 from transfer_dock.ledger import Ledger
 
 COLUMNS = {"tokens": "int32", "rewards": "float32", "notes": "str"}
+PUT_COLUMNS = [["tokens"], ["rewards"], ["notes"], ["tokens", "rewards"], ["rewards", "tokens", "notes"]]
 CONSUMERS = {"score": ["tokens"], "train": ["tokens", "rewards"]}
 GROUP_SIZE = 2
-CAPACITY = 150
+CAPACITY = 250
 LEASE_TIMEOUT = 10.0
 # Index 7 makes a third sample of a group of two.
 KEYS = [SampleKey(*key) for key in product((1, 2), (0, 1, 2), (0, 5))] + [SampleKey(1, 0, 7)]
+GROUPS = [KEYS[first : first + GROUP_SIZE] for first in range(0, 12, GROUP_SIZE)]
 STEPS = st.sampled_from([1, 2])
 
 
@@ -114,10 +116,13 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(
         keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=6, unique=True),
-        columns=st.lists(st.sampled_from(list(COLUMNS)), min_size=1, unique=True),
-        variant=st.sampled_from([1, 1, 1, 1, 2]),
+        columns=st.sampled_from(PUT_COLUMNS),
+        variant=st.sampled_from([1] * 7 + [2]),
         at_once=st.booleans(),
     )
+    def reserve_some(self, keys: list[SampleKey], columns: list[str], variant: int, at_once: bool) -> None:
+        self.reserve(keys, columns, variant, at_once)
+
     def reserve(self, keys: list[SampleKey], columns: list[str], variant: int, at_once: bool) -> None:
         writes = self.writes(keys, columns, variant)
         if refusal := self.refusal(keys, columns, variant):
@@ -135,6 +140,14 @@ class LedgerMachine(RuleBasedStateMachine):
         self.reservations[ticket] = (self.now + LEASE_TIMEOUT, [keys, new, writes], variant, nbytes)
         if at_once:
             self.commit(ticket)
+
+    @rule(keys=st.sampled_from(GROUPS), columns=st.sampled_from(PUT_COLUMNS))
+    def put_a_group(self, keys: list[SampleKey], columns: list[str]) -> None:
+        self.reserve(keys, columns, variant=1, at_once=True)
+
+    @rule(key=st.sampled_from(KEYS), column=st.sampled_from(list(COLUMNS)))
+    def put_a_cell(self, key: SampleKey, column: str) -> None:
+        self.reserve([key], [column], variant=1, at_once=True)
 
     @precondition(lambda self: self.reservations)
     @rule(data=st.data(), cancel=st.booleans())
@@ -209,7 +222,18 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def ack(self, data: st.DataObject) -> None:
-        ticket, keys = self.held_rows(data)
+        self.acknowledge(*self.held_rows(data))
+
+    @rule()
+    def finish_what_is_ready(self) -> None:
+        for consumer in CONSUMERS:
+            grant = self.ledger.lease(consumer, 4, 1, False, None, self.now)
+            assert (grant is None) == (not self.available(consumer))
+            if grant is not None:
+                self.leases[grant[0]] = ModelLease(consumer, self.now + LEASE_TIMEOUT, False, list(grant[1]))
+                self.acknowledge(*grant)
+
+    def acknowledge(self, ticket: int, keys: list[SampleKey]) -> None:
         lease = self.leases[ticket]
         self.ledger.ack(lease.consumer, ticket, keys)
         lease.partly |= set(keys)
@@ -254,7 +278,7 @@ class LedgerMachine(RuleBasedStateMachine):
             with pytest.raises(DockTimeout):
                 self.ledger.commit(ticket, keys, writes, dict.fromkeys(new, object()))
 
-    @rule(step=STEPS, carry=st.sampled_from([True, True, True, False]))
+    @rule(step=STEPS, carry=st.sampled_from([True] * 7 + [False]))
     def close_step(self, step: int, carry: bool) -> None:
         dropped = [key for key in self.cells if key.step == step and not (carry and self.unfinished(key))]
         assert self.ledger.close_step(step, carry) == len(dropped)

@@ -1,7 +1,7 @@
-"""Layer modules without Transformer Engine: RMSNorm under sequence parallelism, attention over packed sequences.
+"""Layer modules in plain torch: RMSNorm under sequence parallelism, attention over packed sequences.
 
-Megatron's own local modules refuse both. They enter through the layer spec, not by patching. Import after
-`prepare_megatron`.
+Megatron's own modules do both only with Transformer Engine. These run on every device and enter through the layer spec,
+not by patching. Import after `prepare_megatron`.
 """
 
 from __future__ import annotations

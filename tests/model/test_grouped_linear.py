@@ -1,0 +1,92 @@
+"""grouped_linear against autograd on the dense weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qerl_rl.model.grouped_linear import Adapter, Base, grouped_linear
+from qerl_rl.quant import w8a8
+
+ROWS = [0, 9, 5, 1, 0, 7]
+GROUPS, INPUTS, OUTPUTS, RANK, SCALING = len(ROWS), 24, 40, 4, 0.5
+
+
+def _random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _dense(x: torch.Tensor, weight: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
+    if adapter is not None:
+        weight = weight + adapter.scaling * adapter.b @ adapter.a
+    return torch.cat([part @ weight[group].t() for group, part in enumerate(x.split(ROWS))])
+
+
+def _assert_close(found: torch.Tensor | None, expected: torch.Tensor | None) -> None:
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("base_kind", ["int8", "frozen", "trainable"])
+def test_output_and_gradients_equal_the_dense_oracle(base_kind: str, with_adapter: bool) -> None:
+    weight = _random(GROUPS, OUTPUTS, INPUTS, seed=1)
+    base = Base(weight.clone().requires_grad_(base_kind == "trainable"))
+    if base_kind == "int8":
+        base = Base(*w8a8.quantize(weight))
+        weight = w8a8.dequantize(*w8a8.quantize(weight))
+    oracle_weight = weight.clone().requires_grad_(base_kind == "trainable")
+    found, expected = [], []
+    for leaves in (found, expected):
+        leaves.append(_random(sum(ROWS), INPUTS, seed=2).requires_grad_())
+        if with_adapter:
+            leaves += [_random(GROUPS, RANK, INPUTS, seed=3).requires_grad_()]
+            leaves += [_random(GROUPS, OUTPUTS, RANK, seed=4).requires_grad_()]
+    y = grouped_linear(found[0], base, Adapter(found[1], found[2], SCALING) if with_adapter else None, ROWS)
+    oracle = _dense(expected[0], oracle_weight, Adapter(expected[1], expected[2], SCALING) if with_adapter else None)
+    _assert_close(y, oracle)
+    grad = _random(*y.shape, seed=5)
+    y.backward(grad)
+    oracle.backward(grad)
+    for leaf, reference in zip(found, expected, strict=True):
+        _assert_close(leaf.grad, reference.grad)
+    if base_kind == "trainable":
+        _assert_close(base.weight.grad, oracle_weight.grad)
+
+
+def test_adapters_and_trainable_weights_get_zero_gradients_when_no_group_has_rows() -> None:
+    weight = _random(3, OUTPUTS, INPUTS, seed=1).requires_grad_()
+    a, b = _random(3, RANK, INPUTS, seed=2).requires_grad_(), _random(3, OUTPUTS, RANK, seed=3).requires_grad_()
+    x = torch.zeros(0, INPUTS, requires_grad=True)
+    grouped_linear(x, Base(weight), Adapter(a, b, 1.0), [0, 0, 0]).sum().backward()
+    for leaf in (weight, a, b):
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
+
+
+def test_frozen_quantized_base_keeps_neither_its_input_nor_a_float_copy() -> None:
+    kept: list[torch.Tensor] = []
+    x = _random(sum(ROWS), INPUTS, seed=2).requires_grad_()
+    base = Base(*w8a8.quantize(_random(GROUPS, OUTPUTS, INPUTS, seed=1)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        grouped_linear(x, base, None, ROWS)
+    assert {tensor.data_ptr() for tensor in kept} == {base.weight.data_ptr(), base.scale.data_ptr()}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_bfloat16_stays_near_the_float32_result(with_adapter: bool) -> None:
+    base = Base(*w8a8.quantize(_random(GROUPS, OUTPUTS, INPUTS, seed=1)))
+    leaves = [
+        _random(sum(ROWS), INPUTS, seed=2),
+        _random(GROUPS, RANK, INPUTS, seed=3),
+        _random(GROUPS, OUTPUTS, RANK, seed=4),
+    ]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, a, b = (leaf.to(torch.bfloat16).to(dtype).requires_grad_() for leaf in leaves)
+        y = grouped_linear(x, base, Adapter(a, b, SCALING) if with_adapter else None, ROWS)
+        y.backward(torch.ones_like(y))
+        results.append((y.detach().float(), x.grad.float()))  # type: ignore[union-attr]
+    for exact, rounded in zip(*results, strict=True):
+        assert float((exact - rounded).norm() / exact.norm()) < 0.01

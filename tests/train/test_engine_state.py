@@ -1,0 +1,216 @@
+"""The engine's state leaves memory, is written, comes back and is handed on without a bit lost."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.schema import SwapConfig
+from qerl_rl.train.offload import SpillFile
+from tests.train.models import make_config, make_samples, policy_gradient, share, start_engine
+
+LAYOUTS = {
+    "data 2": {},
+    "tensor 2, expert 2": {"tensor_parallel": 2, "expert_parallel": 2},
+    "pipeline 2 in bfloat16": {"pipeline_parallel": 2, "dtype": "bfloat16"},
+}
+
+
+def own_samples(engine):
+    return share(make_samples(), engine.data_parallel_rank, engine.data_parallel_size)
+
+
+def adapters_of(engine) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy().copy() for name, tensor in engine.gather_adapters().items()}
+
+
+def assert_identical(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+def trained(engine, updates: int) -> dict:
+    found = [engine.update(own_samples(engine), policy_gradient) for _ in range(updates)]
+    return {"updates": found, "adapters": adapters_of(engine)}
+
+
+def cycle(paths: dict[str, str], layout: dict, folder: str) -> dict:
+    """Three updates straight, and again with the state out of memory before each and after the last."""
+    config = make_config(paths, workers=2, **layout)
+    straight = trained(start_engine(config), 3)
+    engine = start_engine(config, store=SpillFile(folder))
+    ledger, updates = [], []
+    for _ in range(3):
+        held = engine.held_bytes()
+        freed = engine.offload()
+        away = engine.held_bytes()
+        ledger.append({"held": held, "freed": freed, "away": away, "returned": engine.onload()})
+        updates.append(engine.update(own_samples(engine), policy_gradient))
+    engine.offload()
+    try:
+        engine.update(own_samples(engine), policy_gradient)
+        refused = ""
+    except RuntimeError as error:
+        refused = str(error)
+    engine.onload()
+    cycled = {"updates": updates, "adapters": adapters_of(engine)}
+    return {"straight": straight, "cycled": cycled, "ledger": ledger, "refused": refused}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def cycles(request, two_ranks, checkpoints, tmp_path_factory) -> list[dict]:
+    return two_ranks.run(cycle, checkpoints, LAYOUTS[request.param], str(tmp_path_factory.mktemp("spill")))
+
+
+def test_training_with_offloads_between_updates_is_bit_identical(cycles):
+    for rank in cycles:
+        assert rank["cycled"]["updates"] == rank["straight"]["updates"]
+        assert_identical(rank["cycled"]["adapters"], rank["straight"]["adapters"])
+
+
+def test_the_ledger_of_an_offload_adds_up(cycles):
+    for rank in cycles:
+        first, second, third = rank["ledger"]
+        for entry in (first, second, third):
+            assert entry["freed"] == entry["held"] == entry["returned"]
+            assert entry["away"] == {"parameters": 0, "gradients": 0, "optimizer": 0}
+        # Adam's moments appear with the first update; parameters and gradients are all there before.
+        assert first["freed"]["optimizer"] < second["freed"]["optimizer"] == third["freed"]["optimizer"]
+        assert first["freed"]["parameters"] == second["freed"]["parameters"] > 0
+        assert first["freed"]["gradients"] > 0
+
+
+def test_an_update_without_its_state_says_what_to_call(cycles):
+    assert all("onload()" in rank["refused"] for rank in cycles)
+
+
+def by_switches(paths: dict[str, str]) -> list[dict[str, int]]:
+    found = []
+    for kind in ("parameters", "gradients", "optimizer"):
+        switches = dict.fromkeys(("offload_parameters", "offload_gradients", "offload_optimizer"), False)
+        swap = SwapConfig(**{**switches, f"offload_{kind}": True})
+        engine = start_engine(dataclasses.replace(make_config(paths), swap=swap))
+        engine.update(make_samples(), policy_gradient)
+        found.append(engine.offload())
+        engine.onload()
+    return found
+
+
+def test_only_what_its_switch_names_leaves(one_rank, checkpoints):
+    for kind, freed in zip(
+        ("parameters", "gradients", "optimizer"), one_rank.run(by_switches, checkpoints)[0], strict=True
+    ):
+        assert [name for name, count in freed.items() if count] == [kind]
+
+
+def resident_bytes(paths: dict[str, str], folder: str) -> dict:
+    """A model wide enough for its state to show in the process."""
+    config = make_config(paths, quant="none", rank=0)
+    engine = start_engine(config, store=SpillFile(folder))
+    engine.update(make_samples(), policy_gradient)
+    engine.offload()
+    engine.onload()
+    before = psutil.Process().memory_info().rss
+    freed = sum(engine.offload().values())
+    after = psutil.Process().memory_info().rss
+    engine.onload()
+    return {"freed": freed, "fell": before - after, "returned": psutil.Process().memory_info().rss - after}
+
+
+def test_the_process_shrinks_by_what_left(one_rank, checkpoints, tmp_path):
+    found = one_rank.run(resident_bytes, checkpoints, str(tmp_path))[0]
+    assert found["fell"] >= 0.8 * found["freed"]
+    assert found["returned"] >= 0.8 * found["freed"]
+
+
+def resume(paths: dict[str, str], layout: dict, folder: str) -> dict:
+    """Four updates straight; two, a checkpoint, and two more in an engine that starts from it."""
+    config = make_config(paths, workers=2, warmup_steps=3, **layout)
+    engine = start_engine(config)
+    updates = [engine.update(own_samples(engine), policy_gradient) for _ in range(2)]
+    engine.save_checkpoint(folder, 7)
+    at_saving = adapters_of(engine)
+    updates += [engine.update(own_samples(engine), policy_gradient) for _ in range(2)]
+    straight = {"updates": updates, "adapters": adapters_of(engine), "random": torch.rand(3).tolist()}
+    other = start_engine(config)
+    step = other.load_checkpoint(folder)
+    resumed = trained(other, 2) | {"random": torch.rand(3).tolist()}
+    return {"straight": straight, "resumed": resumed, "step": step, "at_saving": at_saving}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_run_goes_on_bit_for_bit(two_ranks, checkpoints, tmp_path, layout):
+    for rank in two_ranks.run(resume, checkpoints, LAYOUTS[layout], str(tmp_path)):
+        assert rank["step"] == 7
+        assert rank["resumed"]["updates"] == rank["straight"]["updates"][2:]
+        assert rank["resumed"]["random"] == rank["straight"]["random"]
+        assert_identical(rank["resumed"]["adapters"], rank["straight"]["adapters"])
+        written = load_file(tmp_path / "step_00000007" / "adapters.safetensors")
+        assert_identical({name: tensor.numpy() for name, tensor in written.items()}, rank["at_saving"])
+
+
+def other_layout(paths: dict[str, str], folder: str) -> dict:
+    """Save from two pipeline stages; load into tensor parallelism."""
+    engine = start_engine(make_config(paths, workers=2, pipeline_parallel=2))
+    engine.update(own_samples(engine), policy_gradient)
+    engine.save_checkpoint(folder, 1)
+    before = adapters_of(engine)
+    other = start_engine(make_config(paths, workers=2, tensor_parallel=2))
+    try:
+        other.load_checkpoint(folder)
+        problem = ""
+    except ConfigError as error:
+        problem = str(error)
+    other.load_adapters(load_file(Path(folder) / "step_00000001" / "adapters.safetensors"))
+    handed_on = adapters_of(other)
+    moved = trained(other, 1)["adapters"]
+    return {"problem": problem, "before": before, "handed_on": handed_on, "moved": moved}
+
+
+def save_many(paths: dict[str, str], folder: str) -> None:
+    engine = start_engine(make_config(paths))
+    for step in (2, 4, 6):
+        engine.save_checkpoint(folder, step)
+
+
+def load_error(paths: dict[str, str], folder: str) -> str:
+    try:
+        return f"step {start_engine(make_config(paths)).load_checkpoint(folder)}"
+    except ConfigError as error:
+        return str(error)
+
+
+def test_the_newest_complete_checkpoint_counts_and_only_the_newest_stay(one_rank, checkpoints, tmp_path):
+    folder = str(tmp_path)
+    assert "no complete checkpoint" in one_rank.run(load_error, checkpoints, folder)[0]
+    one_rank.run(save_many, checkpoints, folder)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000004", "step_00000006"]
+    assert not list(tmp_path.glob("*/*.tmp"))
+    # What a crash before the last write leaves.
+    (tmp_path / "step_00000006" / "meta.json").unlink()
+    assert one_rank.run(load_error, checkpoints, folder)[0] == "step 4"
+    rank_file = tmp_path / "step_00000004" / "rank_00000.safetensors"
+    rank_file.write_bytes(rank_file.read_bytes()[:-100])
+    assert (
+        "rank_00000.safetensors of checkpoint step 4 can't be read" in one_rank.run(load_error, checkpoints, folder)[0]
+    )
+
+
+def test_another_layout_is_refused_but_starts_from_the_adapters(two_ranks, checkpoints, tmp_path):
+    for rank in two_ranks.run(other_layout, checkpoints, str(tmp_path)):
+        assert "train.tensor_parallel=1 (now 2)" in rank["problem"]
+        assert "adapters.safetensors" in rank["problem"]
+        assert_identical(rank["handed_on"], rank["before"])
+        # The optimizer starts from them too, or the first update would take them back.
+        for name, values in rank["before"].items():
+            assert np.abs(rank["moved"][name] - values).max() <= 3.1e-3, name
+    meta = json.loads((tmp_path / "step_00000001" / "meta.json").read_text())
+    assert meta["step"] == meta["updates"] == 1
