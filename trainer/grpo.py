@@ -98,6 +98,8 @@ class GrpoTrainer:
         return {
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std()),
+            "reward/min": float(rewards.min()),
+            "reward/max": float(rewards.max()),
             "reward/groups_without_signal": float((spread == 0).float().mean()),
             "response/length_mean": float(lengths.mean()),
             "response/truncated": float(truncated.mean()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.loader import LoadedConfig, to_yaml
 from qerl_rl.config.schema import Config
 from qerl_rl.data.prompts import Prompt, PromptSource, held_out, load_prompts
-from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.model.architecture import MoeArchitecture, check_layout
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.rewards import load_reward
+from qerl_rl.rollout.limits import check_expert_sizes
 
 
 @dataclass
@@ -42,7 +44,7 @@ def preflight(loaded: LoadedConfig) -> Plan:
         )
     architecture = MoeArchitecture.from_folder(config.model.path)
     _check_format(loaded)
-    _check_divisibility(loaded, architecture)
+    _check_model_layouts(loaded, architecture)
     load_reward(config.reward.function)
     tokenizer = _load_tokenizer(config.model.path)
     train, evaluation = _load_data(loaded, tokenizer)
@@ -75,24 +77,26 @@ def _check_format(loaded: LoadedConfig) -> None:
         )
 
 
-def _check_divisibility(loaded: LoadedConfig, architecture: MoeArchitecture) -> None:
-    """Every parallel size must divide what it splits."""
-    config, train, rollout = loaded.config, loaded.config.train, loaded.config.rollout
-    width = architecture.expert_width
+def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture) -> None:
+    """Both engines' parallel sizes must fit the model."""
+    config, rollout = loaded.config, loaded.config.rollout
+    try:
+        check_layout(architecture, config.train)
+        check_expert_sizes(config.model.path, rollout)
+    except ConfigError as error:
+        # What these check is known without a launch file; here the line of the key can be added.
+        key = re.search(r"\b[a-z]+\.[a-z_]+(?==)", error.problem)
+        where = loaded.locate(key[0]) if key else error.where
+        raise ConfigError(error.problem, fix=error.fix, where=where) from None
     splits = [
-        ("train.tensor_parallel", train.tensor_parallel, architecture.key_value_heads, "key-value heads"),
-        ("train.pipeline_parallel", train.pipeline_parallel, architecture.layers, "layers"),
-        ("train.expert_parallel", train.expert_parallel, architecture.experts, "experts"),
-        ("train.expert_tensor_parallel", train.expert_tensor_parallel, width, "columns of an expert"),
         ("rollout.tensor_parallel", rollout.tensor_parallel, architecture.attention_heads, "attention heads"),
         ("rollout.expert_parallel", rollout_expert_ranks(config), architecture.experts, "experts"),
     ]
     for key, size, whole, what in splits:
         if whole % size:
             divisors = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
-            problem = f"{key} splits over {size} ranks, which does not divide the {whole} {what}"
             raise ConfigError(
-                f"{problem} of {Path(config.model.path).name}.",
+                f"{key} splits over {size} ranks, which does not divide the model's {whole} {what}.",
                 fix=f"choose a size out of {divisors}",
                 where=loaded.locate(key),
             )

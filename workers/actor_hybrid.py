@@ -56,8 +56,10 @@ class ActorHybridWorker:
         from qerl_rl.reshard.swap import Swap
         from qerl_rl.rollout.vllm_engine import VllmEngine
         from qerl_rl.train.engine import TrainEngine
+        from qerl_rl.train.offload import SpillFile
 
-        self.train = TrainEngine(self.config)
+        # Beside the run's other files: the folder for temporary files may itself be memory.
+        self.train = TrainEngine(self.config, SpillFile(self.config.run.output_dir))
         self.rollout = VllmEngine(
             self.config.model.path,
             self.config.rollout,
