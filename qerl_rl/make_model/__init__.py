@@ -1,0 +1,1 @@
+"""Builders of the models that the examples, tests and benchmarks train."""

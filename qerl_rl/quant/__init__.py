@@ -1,0 +1,1 @@
+"""Weight formats, quantized checkpoints, and the noise that QeRL adds to them."""
