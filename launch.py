@@ -7,10 +7,8 @@ Reads the launch file and the overrides, starts or joins Ray, runs the trainer. 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.loader import load_config
@@ -38,13 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     from trainer.run import run
 
-    signal.signal(signal.SIGTERM, _interrupt)
     return run(plan)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """A terminated run ends as an interrupted one does: every process is stopped."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class GrpoTrainer:
         prompts = self.dock.get("rollout", total, whole_groups=True, step=step)
         leases = prompts.split(group_rows(prompts.keys, self.config.rollout.data_parallel))
         shares = [lease if lease.keys else None for lease in leases]
-        arguments = [(self.dock, share, step) for share in self.workers.by_data_rank("rollout", shares)]
+        arguments = [(self.dock, share) for share in self.workers.by_data_rank("rollout", shares)]
         pending = self.workers.call_each("generate", arguments)
         results = pending.wait(timeout_s=self.config.fault.rollout_timeout_s, on_wait=lambda: self._show(total))
         self.dock.ack(prompts)

@@ -85,8 +85,8 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture) ->
         check_expert_sizes(config.model.path, rollout)
     except ConfigError as error:
         # What these check is known without a launch file; here the line of the key can be added.
-        key = re.search(r"\b[a-z]+\.[a-z_]+(?==)", error.problem)
-        where = loaded.locate(key[0]) if key else error.where
+        named = re.search(r"\b[a-z]+\.[a-z_]+(?==)", error.problem)
+        where = loaded.locate(named[0]) if named else error.where
         raise ConfigError(error.problem, fix=error.fix, where=where) from None
     splits = [
         ("rollout.tensor_parallel", rollout.tensor_parallel, architecture.attention_heads, "attention heads"),

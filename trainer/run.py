@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 
 import ray
-from qerl_rl.metrics.console import RunDisplay
 
 from qerl_rl.config.schema import ClusterConfig
+from qerl_rl.metrics.console import RunDisplay
 from trainer.grpo import GrpoTrainer
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder, own_peak_bytes
@@ -52,10 +54,17 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
     if started:
         options = {"num_cpus": cluster.workers * cluster.cpus_per_worker, "include_dashboard": False}
     ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    # Ray has just installed a handler that ends the process at once.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """A terminated run ends as an interrupted one does: every process is stopped."""
+    raise KeyboardInterrupt
 
 
 def peak_bytes(workers: WorkerGroup) -> int:

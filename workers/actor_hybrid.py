@@ -83,7 +83,7 @@ class ActorHybridWorker:
         """Give the card to the trainer."""
         return self.swap.to_train()
 
-    def generate(self, dock: TransferDock, prompts: Batch | None, step: int) -> dict[str, float]:
+    def generate(self, dock: TransferDock, prompts: Batch | None) -> dict[str, float]:
         """Answer the prompts of this data-parallel rank's lease (None: no prompts), writing each group when it is done.
 
         Writes the columns responses, rollout_log_probs and truncated. Ranks of one engine generate the same; its first

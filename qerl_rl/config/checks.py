@@ -47,14 +47,7 @@ fault.rollout_timeout_s fault.train_timeout_s train.adam_eps"""
 
 def check_config(config: Config, locate: Locate) -> None:
     """Raise ConfigError for the first value, or pair of values, that can't work."""
-    for check in (
-        _check_values,
-        _check_train_layout,
-        _check_rollout_layout,
-        _check_batches,
-        _check_lengths,
-        _check_paths,
-    ):
+    for check in CHECKS:
         fault = check(config)
         if fault:
             key, problem, fix = fault
@@ -129,9 +122,16 @@ def _check_batches(config: Config) -> Fault:
         problem = f"{config.samples_per_mini_batch} samples a mini-batch ({key} x algorithm.samples_per_prompt) do not"
         fix = f"set {key} to a multiple of {config.train_data_parallel}"
         return key, f"{problem} divide over {config.train_data_parallel} data-parallel ranks.", fix
+    return None
+
+
+def _check_adapters(config: Config) -> Fault:
     if not (config.lora.attention or config.lora.experts):
         problem = "lora.attention and lora.experts are both false: nothing would train."
         return "lora.attention", problem, "set one of them to true"
+    if config.lora.experts and config.quant.format == "none":
+        problem = "lora.experts=true over quant.format=none: the engine runs expert adapters beside int8 experts only."
+        return "lora.experts", problem, "set lora.experts to false, or quantize the model and set quant.format to w8a8"
     return None
 
 
@@ -153,3 +153,14 @@ def _check_paths(config: Config) -> Fault:
     if not re.fullmatch(r"[\w.\-]+", config.run.name):
         return "run.name", f"run.name={config.run.name!r} can't name files.", "use letters, digits, _ . - in run.name"
     return None
+
+
+CHECKS = (
+    _check_values,
+    _check_train_layout,
+    _check_rollout_layout,
+    _check_batches,
+    _check_adapters,
+    _check_lengths,
+    _check_paths,
+)

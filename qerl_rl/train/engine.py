@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,8 +24,6 @@ from qerl_rl.train.samples import Samples
 
 if TYPE_CHECKING:
     from qerl_rl.train.passes import LossFunction
-
-Aggregation = Literal["token_mean", "sequence_mean"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class TrainEngine:
         return _by_sample(samples, packs, found)
 
     def update(
-        self, samples: Samples, loss_function: LossFunction, *, aggregation: Aggregation = "token_mean"
+        self, samples: Samples, loss_function: LossFunction, *, aggregation: str = "token_mean"
     ) -> dict[str, float]:
         """One optimizer update on the samples of all data-parallel ranks.
 

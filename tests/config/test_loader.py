@@ -96,6 +96,7 @@ def test_missing_file_is_named(tmp_path):
         (["train.dtype=float64"], "train.dtype=float64 is unknown", "float32 or bfloat16"),
         (["rollout.temperature=0"], "rollout.temperature=0.0 is not positive", "above 0"),
         (["lora.attention=false", "lora.experts=false"], "nothing would train", "true"),
+        (["quant.format=none"], "beside int8 experts only", "lora.experts to false"),
         (["model.path="], "model.path is empty", "make-model"),
     ],
 )

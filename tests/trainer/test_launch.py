@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -121,42 +123,39 @@ def assert_export_loads(folder):
     assert torch.isfinite(logits).all()
 
 
-def test_interrupted_run_stops_every_process(tmp_path, tiny_w8a8):
-    model = tiny_w8a8("qwen3_moe")
+@contextmanager
+def running(model, folder, *overrides):
+    """A run in a process group of its own, as a shell starts it, past its first step."""
     process = subprocess.Popen(
-        command(model, tmp_path, "run.steps=1000", "noise.stages=2", "track.console=lines"),
-        cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command(model, folder, "run.steps=1000", "track.console=lines", *overrides),
+        cwd=ROOT, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
     try:
-        for line in process.stdout:
-            if "step 1/" in line.lower():
-                break
-        assert len(descendants_of_ray(tmp_path)) > 3
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        assert process.stdout is not None
+        assert any(re.match(r"step +1/1000  reward", line) for line in process.stdout), process.communicate()
+        yield process
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_an_interrupted_run_stops_every_process(tmp_path, tiny_w8a8, number):
+    with running(tiny_w8a8("qwen3_moe"), tmp_path) as process:
+        assert len(descendants_of_ray(tmp_path)) > 3
+        os.killpg(process.pid, number)
+        output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, output + errors
-    assert "Traceback" not in errors
+    assert errors.strip() == "interrupted: every process of the run was stopped."
     assert_nothing_is_left(tmp_path)
 
 
 def test_a_worker_that_dies_ends_the_run_with_its_name(tmp_path, tiny_w8a8):
-    model = tiny_w8a8("qwen3_moe")
-    process = subprocess.Popen(
-        command(model, tmp_path, "run.steps=1000", "track.console=lines"),
-        cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        for line in process.stdout:
-            if "step 1/" in line.lower():
-                break
-        victims = [p for p in descendants_of_ray(tmp_path) if "ActorHybridWorker" in " ".join(p.cmdline())]
-        assert len(victims) == 2
-        victims[1].kill()
+    with running(tiny_w8a8("qwen3_moe"), tmp_path) as process:
+        workers = [p for p in descendants_of_ray(tmp_path) if "ActorHybridWorker" in " ".join(p.cmdline())]
+        assert len(workers) == 2
+        workers[1].kill()
         output, errors = process.communicate(timeout=90)
-    finally:
-        process.kill()
     assert process.returncode == 1, output + errors
     assert "run failed: worker" in errors
     assert "Traceback" not in errors

@@ -46,14 +46,14 @@ def test_a_valid_file_passes_the_dry_run(launch_file, capsys):
     [
         ("rollout.max_respons_tokens=3", "unknown key rollout.max_respons_tokens", "rollout.max_response_tokens"),
         ("model.path=/no/such/model", "/no/such/model", "model.path"),
-        ("quant.format=none", "quant.format=none", "set quant.format to w8a8"),
+        ("quant.format=none lora.experts=false", "quant.format=none", "set quant.format to w8a8"),
         ("rollout.tensor_parallel=3", "rollout.tensor_parallel=3", "divisor of 2"),
         ("data.train_path=/no/such.jsonl", "/no/such.jsonl", "data.train_path"),
         ("reward.function=mth", "mth", "math"),
     ],
 )
 def test_wrong_keys_are_answered_with_the_fix(launch_file, capsys, override, problem, fix):
-    assert launch.main(["--config", str(launch_file), override]) == 2
+    assert launch.main(["--config", str(launch_file), *override.split()]) == 2
     message = capsys.readouterr().err
     assert message.startswith("config error: ")
     assert problem in message
