@@ -41,6 +41,7 @@ def command(model, folder, *overrides):
         "eval.every=2",
         "eval.prompts=5",
         "profiler.step=2",
+        "reward.function=tests.trainer.reward_functions.share_of_digits",
     ]
     base = [sys.executable, "launch.py", "--config", "configs/quickstart_cpu.yaml"]
     return [*base, f"model.path={model}", f"run.output_dir={folder}", *sizes, *overrides]
@@ -139,11 +140,16 @@ def running(model, folder, *overrides):
         process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
-def test_an_interrupted_run_stops_every_process(tmp_path, tiny_w8a8, number):
+def press_ctrl_c(process):
+    """A terminal signals the whole group."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("stop", [press_ctrl_c, subprocess.Popen.terminate], ids=["ctrl-c", "terminate"])
+def test_an_interrupted_run_stops_every_process(tmp_path, tiny_w8a8, stop):
     with running(tiny_w8a8("qwen3_moe"), tmp_path) as process:
         assert len(descendants_of_ray(tmp_path)) > 3
-        os.killpg(process.pid, number)
+        stop(process)
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, output + errors
     assert errors.strip() == "interrupted: every process of the run was stopped."
