@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 
 from qerl_rl.make_model.random_model import MoeSizes, save_random_checkpoint
 from qerl_rl.quant.checkpoint import quantize_checkpoint
+from tests.ranks import RankPool
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,3 +49,17 @@ def tiny_w8a8(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.Tem
         return built[source]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[RankPool]:
+    """`one_rank(function, *args)` -> [what it returned], in a process that stays."""
+    with RankPool(1) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankPool]:
+    """`two_ranks(function, *args)` -> what it returned on each of two ranks, in processes that stay."""
+    with RankPool(2) as pool:
+        yield pool

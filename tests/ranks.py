@@ -1,4 +1,4 @@
-"""Run a function on several real processes with one gloo world, and give back what each returned."""
+"""Run functions on several real processes of one gloo world, and give back what each returned."""
 
 from __future__ import annotations
 
@@ -17,57 +17,98 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank_main(function: Callable[..., Any], rank: int, environment: dict[str, str], results: Any, args: tuple) -> None:
+def _serve(environment: dict[str, str], inbox: Any, outbox: Any) -> None:
     os.environ.update(environment)
-    try:
-        results.put((rank, function(*args), None))
-    except BaseException:  # noqa: BLE001 - whatever ended the rank must reach the test
-        results.put((rank, None, traceback.format_exc()))
+    rank = int(environment["RANK"])
+    for function, args in iter(inbox.get, None):
+        try:
+            outbox.put((rank, function(*args), None))
+        except BaseException:  # noqa: BLE001 - whatever ended the function must reach the test
+            outbox.put((rank, None, traceback.format_exc()))
+
+
+class RankPool:
+    """`world_size` processes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set) that run one function after the other.
+
+    They stay between calls, since importing torch and Megatron costs more than most of what the tests run; a function
+    finds what the one before it left in the process (`fresh_world` starts over). A rank that fails ends the pool, and
+    the next call starts another. Use it as a context manager, or close it.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._processes: list[Any] = []
+        self._inboxes: list[Any] = []
+        self._outbox: Any = None
+
+    def __call__(self, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
+        """What `function(*args)` returned, in rank order; `function` must be importable (module level).
+
+        Raises: RuntimeError with the traceback of the first rank that fails; TimeoutError.
+        """
+        if not self._processes:
+            self._start()
+        for inbox in self._inboxes:
+            inbox.put((function, args))
+        found: dict[int, Any] = {}
+        while len(found) < self._world_size:
+            try:
+                rank, value, error = self._outbox.get(timeout=timeout_s)
+            except queue.Empty:
+                self._kill()
+                missing = sorted({*range(self._world_size)} - found.keys())
+                raise TimeoutError(f"ranks {missing} gave nothing from {function.__name__} in {timeout_s} s") from None
+            if error:
+                self._kill()
+                raise RuntimeError(f"rank {rank} of {function.__name__} failed:\n{error}")
+            found[rank] = value
+        return [found[rank] for rank in range(self._world_size)]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        # The children import torch before they see their environment, so the thread count must be inherited.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        shared = {
+            "WORLD_SIZE": str(self._world_size),
+            "LOCAL_WORLD_SIZE": str(self._world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        self._outbox = context.Queue()
+        for rank in range(self._world_size):
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            inbox = context.Queue()
+            process = context.Process(target=_serve, args=(environment, inbox, self._outbox), daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._inboxes.append(inbox)
+
+    def close(self) -> None:
+        """Let the processes end by themselves; one that does not within 30 s is killed."""
+        for inbox in self._inboxes:
+            inbox.put(None)
+        for process in self._processes:
+            process.join(timeout=30)
+        self._kill()
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._inboxes = [], []
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
-    """Call `function(*args)` in `world_size` fresh processes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set).
-
-    `function` must be importable (module level); it initialises torch.distributed itself. Returns the results in rank
-    order; raises RuntimeError with the traceback of the first rank that fails, or TimeoutError.
-    """
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    shared = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    processes = []
-    for rank in range(world_size):
-        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        # The child imports torch before _rank_main runs, so the thread count must be in the environment it inherits.
-        os.environ.update(OMP_NUM_THREADS="1")
-        process = context.Process(target=_rank_main, args=(function, rank, environment, results, args), daemon=True)
-        process.start()
-        processes.append(process)
-    found: dict[int, Any] = {}
-    try:
-        while len(found) < world_size:
-            try:
-                rank, value, error = results.get(timeout=timeout_s)
-            except queue.Empty:
-                raise TimeoutError(
-                    f"{function.__name__}: {world_size - len(found)} ranks gave nothing in {timeout_s} s"
-                ) from None
-            if error:
-                raise RuntimeError(f"rank {rank} of {function.__name__} failed:\n{error}")
-            found[rank] = value
-        for process in processes:
-            process.join(timeout=30)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-    return [found[rank] for rank in range(world_size)]
+    """`RankPool` for one call, in processes that nothing ran in before."""
+    with RankPool(world_size) as pool:
+        return pool(function, *args, timeout_s=timeout_s)
 
 
 _store: Any = None
@@ -75,7 +116,7 @@ _worlds = 0
 
 
 def fresh_world() -> None:
-    """A new gloo default group in this process of `run_ranks`; collective.
+    """A new gloo default group in this process of a `RankPool`; collective.
 
     It closes the groups of the last one: each gloo group keeps threads that wake a hundred times a second, so a process
     that tries layout after layout would drown in them.

@@ -15,7 +15,7 @@ import torch
 from qerl_rl.config.schema import LoraConfig, TrainConfig
 from qerl_rl.quant.checkpoint import ShardWriter
 from tests.model import harness
-from tests.model.conftest import Ranks
+from tests.ranks import RankPool
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-MoE": ("qwen3_moe", {}),
@@ -75,7 +75,7 @@ def _compare_all(folders: dict[str, Path]) -> dict[str, Comparison]:
 
 
 @pytest.fixture(scope="module")
-def comparisons(tiny_checkpoint: Callable[..., Path], one_rank: Ranks) -> dict[str, Comparison]:
+def comparisons(tiny_checkpoint: Callable[..., Path], one_rank: RankPool) -> dict[str, Comparison]:
     folders = {case: tiny_checkpoint(family, **sizes) for case, (family, sizes) in CASES.items()}
     return one_rank(_compare_all, folders)[0]
 
@@ -151,7 +151,7 @@ def adapted(
     tiny_checkpoint: Callable[..., Path],
     tiny_w8a8: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
-    one_rank: Ranks,
+    one_rank: RankPool,
 ) -> dict[str, Any]:
     folders = tiny_w8a8(request.param, layers=2), tiny_checkpoint(request.param, layers=2)
     return one_rank(_quantized_with_adapters, *folders, tmp_path_factory.mktemp("merged"))[0]

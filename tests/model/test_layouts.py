@@ -11,8 +11,7 @@ import torch
 
 from qerl_rl.config.schema import LoraConfig, TrainConfig
 from tests.model import harness
-from tests.model.conftest import Ranks
-from tests.ranks import run_ranks
+from tests.ranks import RankPool, run_ranks
 
 LAYOUTS = {
     "DP2": TrainConfig(),
@@ -86,7 +85,7 @@ def _assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: flo
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layouts_hold_the_same_model_and_give_the_same_gradients(
-    family: str, tiny_w8a8: Callable[..., Path], one_rank: Ranks, two_ranks: Ranks
+    family: str, tiny_w8a8: Callable[..., Path], one_rank: RankPool, two_ranks: RankPool
 ) -> None:
     folder = tiny_w8a8(family, layers=2)
     [[expected]] = one_rank(_all_layouts, [TrainConfig()], LORA, folder)
@@ -104,7 +103,7 @@ def test_layouts_hold_the_same_model_and_give_the_same_gradients(
 
 
 def test_experts_split_both_ways_over_four_ranks_give_the_same_gradients(
-    tiny_w8a8: Callable[..., Path], one_rank: Ranks
+    tiny_w8a8: Callable[..., Path], one_rank: RankPool
 ) -> None:
     folder = tiny_w8a8("qwen2_moe", layers=2)
     layout = TrainConfig(tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=2)
@@ -115,7 +114,7 @@ def test_experts_split_both_ways_over_four_ranks_give_the_same_gradients(
 
 
 def test_rank_without_tokens_gives_zero_gradients_and_the_others_theirs(
-    tiny_w8a8: Callable[..., Path], one_rank: Ranks, two_ranks: Ranks
+    tiny_w8a8: Callable[..., Path], one_rank: RankPool, two_ranks: RankPool
 ) -> None:
     folder = tiny_w8a8("qwen3_moe", layers=2)
     [expected] = one_rank(_with_idle_experts, TrainConfig(), folder)

@@ -11,8 +11,8 @@ import torch
 
 from qerl_rl.config.schema import LoraConfig, TrainConfig
 from tests.model import harness
-from tests.model.conftest import Ranks
 from tests.model.test_hf_parity import hf_logits, hf_model
+from tests.ranks import RankPool
 
 ADAPTERS = {
     "attention and experts": LoraConfig(rank=4),
@@ -38,7 +38,7 @@ def _recomputed(folder: Path) -> dict[tuple[str, str], tuple[float, Gradients]]:
     return found
 
 
-def test_recomputation_changes_neither_loss_nor_gradients(tiny_w8a8: Callable[..., Path], one_rank: Ranks) -> None:
+def test_recomputation_changes_neither_loss_nor_gradients(tiny_w8a8: Callable[..., Path], one_rank: RankPool) -> None:
     found = one_rank(_recomputed, tiny_w8a8("qwen2_moe", layers=2))[0]
     for adapters in ADAPTERS:
         loss, gradients = found[adapters, "none"]
@@ -92,7 +92,7 @@ def _unstacked(gradients: Gradients) -> Gradients:
 
 @pytest.mark.parametrize(("family", "tied"), [("qwen3_moe", False), ("qwen2_moe", True)])
 def test_all_weights_train_without_adapters(
-    family: str, tied: bool, tiny_checkpoint: Callable[..., Path], one_rank: Ranks, two_ranks: Ranks
+    family: str, tied: bool, tiny_checkpoint: Callable[..., Path], one_rank: RankPool, two_ranks: RankPool
 ) -> None:
     folder = tiny_checkpoint(family, layers=2, tied=tied)
     loss, gradients = _expected_gradients(folder)
@@ -123,5 +123,5 @@ def _cast_scales(folder: Path) -> tuple[bool, set[torch.dtype]]:
     return kept and bool(scales), {parameter.dtype for parameter in model.parameters()}
 
 
-def test_casting_the_model_does_not_round_the_scales(tiny_w8a8: Callable[..., Path], one_rank: Ranks) -> None:
+def test_casting_the_model_does_not_round_the_scales(tiny_w8a8: Callable[..., Path], one_rank: RankPool) -> None:
     assert one_rank(_cast_scales, tiny_w8a8("qwen2_moe", layers=2))[0] == (True, {torch.bfloat16})

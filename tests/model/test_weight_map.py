@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import LoraConfig, TrainConfig
 from tests.model import harness
-from tests.model.conftest import Ranks
+from tests.ranks import RankPool
 
 LAYOUTS = {
     "TP2": TrainConfig(tensor_parallel=2, expert_tensor_parallel=2),
@@ -77,13 +77,13 @@ def folders(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempP
     return found | {"odd vocabulary": odd}
 
 
-def test_round_trip_on_one_rank_is_bit_exact(folders: dict[str, Path], one_rank: Ranks) -> None:
+def test_round_trip_on_one_rank_is_bit_exact(folders: dict[str, Path], one_rank: RankPool) -> None:
     [differences] = one_rank(_all_differences, folders, {"one rank": TrainConfig()})
     assert {case: names for case, names in differences.items() if names} == {}
 
 
 def test_round_trip_over_two_ranks_is_bit_exact_and_arrives_on_rank_0(
-    folders: dict[str, Path], two_ranks: Ranks
+    folders: dict[str, Path], two_ranks: RankPool
 ) -> None:
     differences, arrived_elsewhere = two_ranks(_all_differences, folders, LAYOUTS)
     assert {case: names for case, names in differences.items() if names} == {}
@@ -105,7 +105,7 @@ def _padded_loss(folder: Path, layouts: list[TrainConfig]) -> list[tuple[float, 
 
 
 def test_padding_of_the_vocabulary_has_no_probability(
-    folders: dict[str, Path], one_rank: Ranks, two_ranks: Ranks
+    folders: dict[str, Path], one_rank: RankPool, two_ranks: RankPool
 ) -> None:
     folder = folders["odd vocabulary"]
     expected, _ = one_rank(_padded_loss, folder, [TrainConfig()])[0][0]
@@ -144,7 +144,7 @@ def _changed(source: Path, folder: Path, name: str, tensor: torch.Tensor | None)
 
 
 def test_checkpoint_that_does_not_fit_is_refused_by_name(
-    tiny_checkpoint: Callable[..., Path], tiny_w8a8: Callable[..., Path], tmp_path: Path, one_rank: Ranks
+    tiny_checkpoint: Callable[..., Path], tiny_w8a8: Callable[..., Path], tmp_path: Path, one_rank: RankPool
 ) -> None:
     plain, name = tiny_checkpoint("mixtral", layers=2), "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     problems = one_rank(

@@ -51,6 +51,12 @@ FAULTS = {
 }
 
 
+def scoring_processes():
+    """The scorers' children of this process, which other tests may have given children of their own."""
+    children = psutil.Process().children()
+    return [child for child in children if "qerl_rl.rewards.process" in child.cmdline()]
+
+
 @pytest.fixture
 def tricky(tmp_path, monkeypatch):
     (tmp_path / "tricky_rewards.py").write_text(TRICKY)
@@ -78,7 +84,7 @@ def test_a_sample_that_fails_costs_itself_only(tricky, processes):
 def test_a_process_that_dies_between_samples_fails_no_sample(tricky):
     with RewardScorer(tricky, 1, timeout_s=30.0) as scorer:
         assert scorer.score([("p", "1", "a")]).values.tolist() == [1.0]
-        (child,) = psutil.Process().children()
+        (child,) = scoring_processes()
         child.kill()
         assert has_ended(child.pid)
         scores = scorer.score([("p", "2", "a")])
@@ -97,7 +103,7 @@ def test_a_killed_sample_takes_its_own_children_along(tricky, tmp_path):
 def test_closing_leaves_no_process(tricky):
     scorer = RewardScorer(tricky, 2, timeout_s=30.0)
     scorer.score([("p", "1", "a")] * 4)
-    children = psutil.Process().children(recursive=True)
+    children = scoring_processes()
     assert len(children) == 2
     scorer.close()
     assert all(has_ended(child.pid) for child in children)
@@ -128,14 +134,14 @@ def test_math_scores_in_processes_as_it_does_here():
 
 def test_exact_needs_no_process():
     with RewardScorer("exact", 4, timeout_s=1.0) as scorer:
-        assert not psutil.Process().children()
+        assert not scoring_processes()
         assert scorer.score([("p", "4", "4"), ("p", "5", "4")]).values.tolist() == [1.0, 0.0]
 
 
 def test_an_unknown_reward_is_refused_before_a_process_starts():
     with pytest.raises(ConfigError, match="math"):
         RewardScorer("maths", 1, timeout_s=1.0)
-    assert not psutil.Process().children()
+    assert not scoring_processes()
 
 
 def test_a_function_that_only_the_owner_can_import_is_an_error_not_a_zero(tmp_path, monkeypatch):

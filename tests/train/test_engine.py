@@ -33,7 +33,7 @@ def hf_scores(folder: str, samples: Samples, temperature: float) -> dict[str, np
 
 
 def test_scores_equal_those_of_transformers_however_packed(one_rank, checkpoints, tmp_path):
-    one_by_one, some, all_together = one_rank.run(scores_by_packing, checkpoints)[0]
+    one_by_one, some, all_together = one_rank(scores_by_packing, checkpoints)[0]
     dequantize_folder(checkpoints, tmp_path)
     expected = hf_scores(str(tmp_path), make_samples(), make_config(checkpoints).rollout.temperature)
     for name, values in expected.items():
@@ -54,7 +54,7 @@ def updates_by_micro_batch(paths: dict[str, str], aggregation: str) -> list[list
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_eight_micro_batches_of_one_equal_one_of_eight(one_rank, checkpoints, aggregation):
-    eight, some, one = one_rank.run(updates_by_micro_batch, checkpoints, aggregation)[0]
+    eight, some, one = one_rank(updates_by_micro_batch, checkpoints, aggregation)[0]
     for update, expected, other in zip(eight, one, some, strict=True):
         assert update == pytest.approx(expected, rel=1e-5)
         assert other == pytest.approx(expected, rel=1e-5)
@@ -90,7 +90,7 @@ def _error(engine, *arguments, **named) -> str:
 
 @pytest.fixture(scope="module")
 def alone(one_rank, checkpoints) -> dict:
-    return one_rank.run(train_alone, checkpoints)[0]
+    return one_rank(train_alone, checkpoints)[0]
 
 
 @pytest.mark.parametrize(("aggregation", "before"), [("token_mean", "base"), ("sequence_mean", "second")])
@@ -143,8 +143,8 @@ def unequal(paths: dict[str, str], counts: list[int], layout: dict) -> dict:
 @pytest.mark.parametrize("counts", [[11, 1], [0, 12]], ids=["11 and 1", "0 and 12"])
 @pytest.mark.parametrize("layout", [{}, {"expert_parallel": 2}], ids=["data 2", "expert 2"])
 def test_ranks_with_unequal_sample_counts_train_as_one(one_rank, two_ranks, checkpoints, counts, layout):
-    expected = one_rank.run(unequal, checkpoints, [12], {})[0]
-    found = two_ranks.run(unequal, checkpoints, counts, layout)
+    expected = one_rank(unequal, checkpoints, [12], {})[0]
+    found = two_ranks(unequal, checkpoints, counts, layout)
     for rank in found:
         for update, other in zip(rank["updates"], expected["updates"], strict=True):
             assert update == pytest.approx(other, rel=1e-5)
@@ -165,8 +165,8 @@ def float32_updates(paths: dict[str, str]) -> list[dict[str, float]]:
 
 
 def test_bfloat16_training_follows_float32(one_rank, two_ranks, checkpoints):
-    exact = one_rank.run(float32_updates, checkpoints)[0]
-    for rank in two_ranks.run(in_dtype, checkpoints, {"expert_parallel": 2}):
+    exact = one_rank(float32_updates, checkpoints)[0]
+    for rank in two_ranks(in_dtype, checkpoints, {"expert_parallel": 2}):
         for update, expected in zip(rank["updates"], exact, strict=True):
             # bfloat16 keeps 8 bits: 2^-8 per rounding, and some routing near-ties fall the other way.
             assert update["loss"] == pytest.approx(expected["loss"], abs=0.05)
@@ -182,4 +182,4 @@ def reference_without_adapters(paths: dict[str, str]) -> str:
 
 
 def test_a_model_trained_whole_has_no_reference_to_give(one_rank, checkpoints):
-    assert "lora.rank=0" in one_rank.run(reference_without_adapters, checkpoints)[0]
+    assert "lora.rank=0" in one_rank(reference_without_adapters, checkpoints)[0]

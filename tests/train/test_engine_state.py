@@ -67,7 +67,7 @@ def cycle(paths: dict[str, str], layout: dict, folder: str) -> dict:
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def cycles(request, two_ranks, checkpoints, tmp_path_factory) -> list[dict]:
-    return two_ranks.run(cycle, checkpoints, LAYOUTS[request.param], str(tmp_path_factory.mktemp("spill")))
+    return two_ranks(cycle, checkpoints, LAYOUTS[request.param], str(tmp_path_factory.mktemp("spill")))
 
 
 def test_training_with_offloads_between_updates_is_bit_identical(cycles):
@@ -106,7 +106,7 @@ def by_switches(paths: dict[str, str]) -> list[dict[str, int]]:
 
 def test_only_what_its_switch_names_leaves(one_rank, checkpoints):
     for kind, freed in zip(
-        ("parameters", "gradients", "optimizer"), one_rank.run(by_switches, checkpoints)[0], strict=True
+        ("parameters", "gradients", "optimizer"), one_rank(by_switches, checkpoints)[0], strict=True
     ):
         assert [name for name, count in freed.items() if count] == [kind]
 
@@ -126,7 +126,7 @@ def resident_bytes(paths: dict[str, str], folder: str) -> dict:
 
 
 def test_the_process_shrinks_by_what_left(one_rank, checkpoints, tmp_path):
-    found = one_rank.run(resident_bytes, checkpoints, str(tmp_path))[0]
+    found = one_rank(resident_bytes, checkpoints, str(tmp_path))[0]
     assert found["fell"] >= 0.8 * found["freed"]
     assert found["returned"] >= 0.8 * found["freed"]
 
@@ -148,7 +148,7 @@ def resume(paths: dict[str, str], layout: dict, folder: str) -> dict:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_resumed_run_goes_on_bit_for_bit(two_ranks, checkpoints, tmp_path, layout):
-    for rank in two_ranks.run(resume, checkpoints, LAYOUTS[layout], str(tmp_path)):
+    for rank in two_ranks(resume, checkpoints, LAYOUTS[layout], str(tmp_path)):
         assert rank["step"] == 7
         assert rank["resumed"]["updates"] == rank["straight"]["updates"][2:]
         assert rank["resumed"]["random"] == rank["straight"]["random"]
@@ -190,22 +190,20 @@ def load_error(paths: dict[str, str], folder: str) -> str:
 
 def test_the_newest_complete_checkpoint_counts_and_only_the_newest_stay(one_rank, checkpoints, tmp_path):
     folder = str(tmp_path)
-    assert "no complete checkpoint" in one_rank.run(load_error, checkpoints, folder)[0]
-    one_rank.run(save_many, checkpoints, folder)
+    assert "no complete checkpoint" in one_rank(load_error, checkpoints, folder)[0]
+    one_rank(save_many, checkpoints, folder)
     assert sorted(os.listdir(tmp_path)) == ["step_00000004", "step_00000006"]
     assert not list(tmp_path.glob("*/*.tmp"))
     # What a crash before the last write leaves.
     (tmp_path / "step_00000006" / "meta.json").unlink()
-    assert one_rank.run(load_error, checkpoints, folder)[0] == "step 4"
+    assert one_rank(load_error, checkpoints, folder)[0] == "step 4"
     rank_file = tmp_path / "step_00000004" / "rank_00000.safetensors"
     rank_file.write_bytes(rank_file.read_bytes()[:-100])
-    assert (
-        "rank_00000.safetensors of checkpoint step 4 can't be read" in one_rank.run(load_error, checkpoints, folder)[0]
-    )
+    assert "rank_00000.safetensors of checkpoint step 4 can't be read" in one_rank(load_error, checkpoints, folder)[0]
 
 
 def test_another_layout_is_refused_but_starts_from_the_adapters(two_ranks, checkpoints, tmp_path):
-    for rank in two_ranks.run(other_layout, checkpoints, str(tmp_path)):
+    for rank in two_ranks(other_layout, checkpoints, str(tmp_path)):
         assert "train.tensor_parallel=1 (now 2)" in rank["problem"]
         assert "adapters.safetensors" in rank["problem"]
         assert_identical(rank["handed_on"], rank["before"])

@@ -40,7 +40,7 @@ def train_and_export(paths: dict[str, str], layout: dict, folder: str) -> dict:
 def exported(request, two_ranks, checkpoints, tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("export")
     (Path(checkpoints["w8a8"]) / "tokenizer.json").write_text("{}")
-    ranks = two_ranks.run(train_and_export, checkpoints, LAYOUTS[request.param], str(folder))
+    ranks = two_ranks(train_and_export, checkpoints, LAYOUTS[request.param], str(folder))
     outputs = {rank["data_parallel_rank"]: rank for rank in ranks if rank["trained"] is not None}
     joined = {name: np.concatenate([outputs[rank][name] for rank in sorted(outputs)]) for name in ("trained", "base")}
     return folder, {**joined, "adapters": ranks[0]["adapters"]}

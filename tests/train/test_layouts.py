@@ -58,12 +58,12 @@ def kind(request) -> str:
 @pytest.fixture(scope="module")
 def alone(one_rank, checkpoints, kind) -> dict:
     """One rank with everything."""
-    return one_rank.run(train, checkpoints, {"alone": {}}, KINDS[kind])[0]["alone"]
+    return one_rank(train, checkpoints, {"alone": {}}, KINDS[kind])[0]["alone"]
 
 
 @pytest.fixture(scope="module")
 def together(two_ranks, checkpoints, kind) -> list[dict]:
-    return two_ranks.run(train, checkpoints, {**LAYOUTS, **RECOMPUTED}, KINDS[kind])
+    return two_ranks(train, checkpoints, {**LAYOUTS, **RECOMPUTED}, KINDS[kind])
 
 
 @pytest.mark.parametrize("case", [*LAYOUTS, *RECOMPUTED])

@@ -89,6 +89,6 @@ def test_a_split_vocabulary_gives_the_scores_of_the_whole(two_ranks, width, voca
     logits, targets, weights = draw(vocabulary=vocabulary)
     log_probs, entropy, gradient = reference(logits, targets, weights, 0.8)
     gradient = torch.nn.functional.pad(gradient, (0, 2 * width - vocabulary))
-    for rank, found in enumerate(two_ranks.run(scores_of_a_rank, width, vocabulary)):
+    for rank, found in enumerate(two_ranks(scores_of_a_rank, width, vocabulary)):
         parts = [torch.from_numpy(part) for part in found]
         assert_close(parts, [log_probs, entropy, gradient[:, rank * width : (rank + 1) * width]])
