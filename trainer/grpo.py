@@ -152,13 +152,13 @@ class GrpoTrainer:
         last, every = step == self.config.run.steps, self.config.checkpoint.every
         if last or (every and step % every == 0):
             with self.recorder.phase("checkpoint"):
-                folder = str(self.recorder.checkpoints)
+                folder = str(self.recorder.checkpoints.resolve())
                 self.workers.call("save_checkpoint", folder, step).wait(timeout_s=self.config.fault.train_timeout_s)
 
     def _export(self) -> None:
         if self.config.checkpoint.export:
             with self.recorder.phase("export"):
-                pending = self.workers.call("export", str(self.recorder.export))
+                pending = self.workers.call("export", str(self.recorder.export.resolve()))
                 pending.wait(timeout_s=self.config.fault.train_timeout_s)
 
 

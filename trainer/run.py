@@ -52,8 +52,15 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
     started = not cluster.address
     options: dict = {"address": cluster.address}
     if started:
-        options = {"num_cpus": cluster.workers * cluster.cpus_per_worker, "include_dashboard": False}
-    ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        # "local", since RAY_ADDRESS in the environment would else make ray.init join another cluster.
+        cpus = cluster.workers * cluster.cpus_per_worker
+        options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    try:
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        where = f"cluster.address={cluster.address}"
+        raise WorkerError(f"no Ray cluster can be joined at {where}: {reason}") from None
     # Ray has just installed a handler that ends the process at once.
     signal.signal(signal.SIGTERM, _interrupt)
     try:

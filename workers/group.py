@@ -6,6 +6,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -101,7 +102,7 @@ class WorkerGroup:
 
     def _start(self) -> None:
         cluster = self.config.cluster
-        values = dataclasses.asdict(self.config)
+        values = dataclasses.asdict(with_absolute_paths(self.config))
         environment = worker_environment(self.config)
         for rank in range(cluster.workers):
             options = self._options(rank, float(cluster.cpus_per_worker), environment)
@@ -146,6 +147,13 @@ class WorkerGroup:
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration for a process whose working folder may be another."""
+    model = dataclasses.replace(config.model, path=str(Path(config.model.path).resolve()))
+    run = dataclasses.replace(config.run, output_dir=str(Path(config.run.output_dir).resolve()))
+    return dataclasses.replace(config, model=model, run=run)
 
 
 def worker_environment(config: Config) -> dict[str, str]:

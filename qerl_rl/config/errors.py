@@ -13,3 +13,11 @@ class ConfigError(Exception):
     def __init__(self, problem: str, *, fix: str, where: str = "") -> None:
         self.problem, self.fix, self.where = problem, fix, where
         super().__init__(f"{problem} Fix: {fix}" + (f" ({where})" if where else ""))
+
+    def __reduce__(self) -> tuple:
+        """Exceptions are rebuilt from positional arguments; one raised in a worker has to reach the driver whole."""
+        return _rebuild, (self.problem, self.fix, self.where)
+
+
+def _rebuild(problem: str, fix: str, where: str) -> ConfigError:
+    return ConfigError(problem, fix=fix, where=where)

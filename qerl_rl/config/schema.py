@@ -24,7 +24,8 @@ class ClusterConfig:
     """The Ray cluster and the worker processes on it."""
 
     address: str = ""
-    """Ray address to join; empty starts Ray on this machine."""
+    """Ray cluster to join: `auto` for the one this machine belongs to, or host:port (where that cluster checks tokens,
+    Ray's default, also set RAY_AUTH_MODE=token); empty starts Ray on this machine."""
     workers: int = 2
     """Processes that train and roll out; one a card."""
     cpus_per_worker: int = 1

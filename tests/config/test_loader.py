@@ -1,6 +1,7 @@
 """A launch file is read strictly; every mistake is answered with the key, the fix and the line."""
 
 import dataclasses
+import pickle
 
 import pytest
 
@@ -66,6 +67,12 @@ def test_wrong_input_is_answered_with_a_fix(tmp_path, extra, overrides, problem,
     assert fix in error.fix
     assert error.where.endswith(where)
     assert "\n" not in str(error)
+
+
+def test_an_error_survives_the_trip_from_another_process():
+    error = ConfigError("a is 3.", fix="set a to 4", where="x.yaml:1")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.problem, copy.fix, copy.where, str(copy)) == (error.problem, error.fix, error.where, str(error))
 
 
 def test_missing_file_is_named(tmp_path):
