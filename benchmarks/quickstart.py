@@ -1,7 +1,8 @@
 """Does the quickstart learn, whatever the seed? `python -m benchmarks.quickstart` trains three seeds (about 7 minutes).
 
-Each seed has a model of its own. Bars: reward at the start between 0.1 and 0.5, its rise (mean of the last 5 steps minus
-mean of the first 5) at least 0.15, training at most 6 minutes, all processes together at most 12 GiB. Exits 1 below one.
+Each seed has a model of its own. Bars: reward at the start between 0.1 and 0.5, its rise (mean of the last 5 steps
+minus mean of the first 5) at least 0.15, training at most 6 minutes, all processes together at most 12 GiB. Exits 1
+below one.
 """
 
 from __future__ import annotations
