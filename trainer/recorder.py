@@ -26,7 +26,8 @@ TIMED = ("rollout", "swap", "reward", "log_probs", "update")
 class RunRecorder:
     """Times the phases of each step, and writes and shows what came of them.
 
-    Args: config: the run. memory: gives the peak bytes of all processes; called once a step.
+    Args: config: the run. display: shows it. `memory` gives the peak bytes of all processes, once a step; until the
+    workers are there, that of this process.
     """
 
     def __init__(self, config: Config, display: RunDisplay) -> None:
