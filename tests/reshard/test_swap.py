@@ -160,6 +160,8 @@ def test_the_engine_follows_the_trainer_through_ten_updates(tmp_path, tiny_w8a8,
     assert held[1]["train/parameters"] > 0
 
     fresh_tokens, fresh_log_probs = run_ranks(fresh_engine, 2, model, tmp_path, rollout)[0]
+    # An early end of sequence would quietly shrink what is compared.
+    assert [len(response) for response in new] == [RESPONSE_TOKENS] * 8
     for after, fresh in zip(new, fresh_tokens, strict=True):
         np.testing.assert_array_equal(after, fresh)
     for after, fresh in zip(ranks[0]["log_probs"], fresh_log_probs, strict=True):
