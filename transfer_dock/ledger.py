@@ -1,71 +1,70 @@
-"""The dock's bookkeeping: who put what, who holds it, who is done. Plain data, no clock, no Ray, no payload."""
+"""The dock's decisions: who may put what where, who gets which samples, what is over. No Ray, no payload, no clock."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from transfer_dock.columns import ColumnRead, ColumnWrite, Layout
-from transfer_dock.errors import (
-    ColumnMismatch,
-    ConflictingPut,
-    DockTimeout,
-    InvalidRequest,
-    LeaseLost,
-    StepClosed,
-    UnknownColumn,
-    UnknownConsumer,
-    unknown_name,
-)
-from transfer_dock.keys import GroupKey, SampleKey, describe_keys, group_of
-from transfer_dock.pool import Pool
-from transfer_dock.records import Block, Group, LeaseRecord, Sample
+from transfer_dock import checks
+from transfer_dock.book import Book
+from transfer_dock.choice import choose_parts, choose_samples, read_columns, stale_samples
+from transfer_dock.columns import ColumnRead, ColumnWrite, lay_out
+from transfer_dock.errors import DockTimeout, InvalidRequest, LeaseLost
+from transfer_dock.keys import SampleKey, describe_keys, pack_keys
+from transfer_dock.records import DROPPED, Grant, Holder, LeaseRequest, Reservation, Settings
+from transfer_dock.spaces import Spaces
+
+Record = Callable[[str, list[Any]], object]
 
 
 class Ledger:
-    """State of a dock. Times are seconds on the caller's monotonic clock; a method that raises has changed nothing.
+    """Decides, and has its book do what was decided; `record` gets each transition (kind, arguments) before it is done.
 
-    Args: dtypes of the columns by name; consumers: the columns that each reads; samples_per_group: samples that make a
-    group complete; capacity_bytes: payload of unfinished samples and reservations; lease_timeout: seconds.
+    Times are seconds on the caller's monotonic clock; a holder is [node, pid, start time] of the process that puts or
+    gets, or None. A method that raises has recorded and changed nothing.
     """
 
-    def __init__(
-        self,
-        dtypes: Mapping[str, str],
-        consumers: Mapping[str, Sequence[str]],
-        samples_per_group: int,
-        capacity_bytes: int,
-        lease_timeout: float,
-    ) -> None:
-        self.dtypes, self.samples_per_group, self.lease_timeout = dict(dtypes), samples_per_group, lease_timeout
-        self.capacity_bytes = capacity_bytes
-        self.bytes_held = self.bytes_reserved = 0
-        self.consumers = {name: tuple(dict.fromkeys(reads)) for name, reads in consumers.items()}
-        self.readers: dict[str, list[str]] = {column: [] for column in dtypes}
-        for consumer, reads in self.consumers.items():
-            for column in reads:
-                if column not in dtypes:
-                    raise UnknownColumn(f"consumer {consumer!r}: {unknown_name('column', column, dtypes)}")
-                self.readers[column].append(consumer)
-            if not reads:
-                raise InvalidRequest(f"consumer {consumer!r} reads no column; a consumer reads at least one")
-        self.samples: dict[SampleKey, Sample] = {}
-        self.pools = {consumer: Pool(samples_per_group) for consumer in consumers}
-        self.leases: dict[int, LeaseRecord] = {}
-        self.column_counts = dict.fromkeys(dtypes, 0)
-        self.groups_complete = dict.fromkeys(dtypes, 0)
-        self.leased_counts = dict.fromkeys(consumers, 0)
-        self.acked_counts = dict.fromkeys(consumers, 0)
-        self._groups: dict[GroupKey, Group] = {}
-        self._layouts: dict[str, Layout] = {}
-        self._reservations: dict[int, int] = {}
-        self._deadlines: list[tuple[float, int]] = []
-        self._last_ticket = 0
-        self._closed_steps: set[int] = set()
-        self._retired: dict[int, set[SampleKey]] = {}
+    def __init__(self, settings: Settings, record: Record | None = None) -> None:
+        self.settings, self.record = settings, record
+        self.book = Book(settings)
+        self.spaces = Spaces(settings.capacity_bytes)
+        self._deadlines: dict[int, float] = {}
+        self._ends: list[tuple[float, int]] = []
+
+    @classmethod
+    def replay(
+        cls,
+        settings: Settings,
+        state: Mapping[str, Any] | None,
+        records: Iterable[tuple[str, Sequence[Any]]],
+        now: float,
+        record: Record | None = None,
+    ) -> Ledger:
+        """The ledger of a process that ended: its book's last saved state, and the transitions recorded after that.
+
+        Open leases and reservations get a new deadline.
+        """
+        ledger = cls(settings, record)
+        if state is not None:
+            ledger.book = Book.load(settings, state)
+        for kind, args in records:
+            ledger.book.apply(kind, args)
+        ledger.book.memory.take_freed()
+        ledger.spaces.take(ledger.book.memory)
+        for ticket in sorted([*ledger.book.leases, *ledger.book.reservations]):
+            ledger._lasts(ticket, now)
+        return ledger
+
+    def _do(self, kind: str, *args: Any) -> Any:
+        if self.record is not None:
+            self.record(kind, list(args))
+        result = self.book.apply(kind, args)
+        for node, offset in self.book.memory.take_freed():
+            self.spaces.free(node, offset)
+        return result
 
     # ---- putting -----------------------------------------------------------------------------------------------
 
@@ -74,300 +73,318 @@ class Ledger:
 
         Raises: UnknownColumn, ColumnMismatch, ConflictingPut, StepClosed, InvalidRequest.
         """
-        self._check_keys(keys)
-        found = []
-        for column, write in writes.items():
-            if column not in self.dtypes:
-                raise UnknownColumn(unknown_name("column", column, self.dtypes))
-            layout = self._layouts.get(column, write.layout)
-            if layout != write.layout:
-                raise ColumnMismatch(f"column {column!r} holds {layout} already, this put has {write.layout}")
-            known = [self.samples[key].digests.get(column) if key in self.samples else None for key in keys]
-            pairs = zip(keys, known, write.digests, strict=True)
-            if conflicts := [key for key, old, new in pairs if old is not None and old != new]:
-                raise ConflictingPut(f"column {column!r} was put before with another value: {describe_keys(conflicts)}")
-            if None in known:
-                found.append(column)
-        return found
+        checks.check_keys(self.book, keys)
+        return checks.new_columns(self.book, keys, writes)
 
-    def _check_keys(self, keys: Sequence[SampleKey]) -> None:
-        if len(set(keys)) != len(keys):
-            raise InvalidRequest("a key appears twice in one put")
-        added: dict[GroupKey, set[int]] = {}
-        for key in keys:
-            if key.step in self._closed_steps or key in self._retired.get(key.step, ()):
-                raise StepClosed(
-                    f"{describe_keys([key])} left the dock when its step was closed; it can't be put again"
-                )
-            added.setdefault(group_of(key), set()).add(key.index)
-        for group, indices in added.items():
-            known = self._groups[group].indices if group in self._groups else set()
-            if len(known | indices) > self.samples_per_group:
-                text = f"step {group[0]} group {group[1]} would have {len(known | indices)} samples"
-                raise InvalidRequest(f"{text}; the dock was created with samples_per_group={self.samples_per_group}")
+    def check_put(self, keys: Sequence[SampleKey], writes: Mapping[str, ColumnWrite]) -> list[str]:
+        """`new_columns`, and whether the dock could ever have room for them. Raises: InvalidRequest when not."""
+        columns = self.new_columns(keys, writes)
+        checks.check_size(self.book, keys, writes, columns, self.spaces.size)
+        return columns
 
-    def reserve(self, nbytes: int, now: float) -> int | None:
-        """Set `nbytes` aside, for `lease_timeout` at most, for a put to be written; None while the dock is too full."""
-        if self.bytes_held + self.bytes_reserved + nbytes > self.capacity_bytes:
+    def lacks_room(self, keys: Sequence[SampleKey], nbytes: int) -> str | None:
+        """Which of its limits keeps the dock from taking a put now: "bytes", "groups", or None."""
+        if self.book.memory.bytes_held + self.book.bytes_reserved + nbytes > self.settings.capacity_bytes:
+            return "bytes"
+        if self.settings.capacity_groups is None:
             return None
-        ticket = self._ticket(now + self.lease_timeout)
-        self._reservations[ticket] = nbytes
-        self.bytes_reserved += nbytes
-        return ticket
+        opened, more = self.book.open_groups, self.groups_to_open(keys)
+        return "groups" if more and len(opened) + more > self.settings.capacity_groups else None
+
+    def groups_to_open(self, keys: Sequence[SampleKey]) -> int:
+        return sum(group not in self.book.open_groups for group in checks.entered_groups(self.book, keys))
+
+    def wants_digests(self, keys: Sequence[SampleKey], writes: Mapping[str, ColumnWrite]) -> bool:
+        """Whether a put without digests repeats something, and can be judged only with them."""
+        return checks.wants_digests(self.book, keys, writes)
+
+    def reserve(
+        self,
+        keys: Sequence[SampleKey],
+        writes: Mapping[str, ColumnWrite],
+        columns: Sequence[str],
+        node: str,
+        holder: Sequence[Any] | None,
+        now: float,
+        request_id: bytes = b"",
+    ) -> Reservation | None:
+        """Memory on `node` for the new `columns` of a put, for `lease_timeout` at most; None while there is no room.
+
+        Without columns there is nothing to write: the reservation has ticket 0, and nothing is reserved. A request id
+        (not empty) asked again gets the same reservation, with a new deadline, as long as that is open.
+        """
+        if not columns:
+            return Reservation(0, [], node, 0, 0)
+        if (ticket := self.book.requests.get((None, request_id))) is not None:
+            record = self.book.reservations[ticket]
+            # The writer counts its time from this answer.
+            self._lasts(ticket, now)
+            if record.extent is None:
+                return self.move(ticket, now)
+            return Reservation(ticket, record.columns, record.node, record.extent.offset, record.size)
+        nbytes = sum(int(writes[column].nbytes) for column in columns)
+        if self.lacks_room(keys, nbytes):
+            return None
+        entered = np.array(checks.entered_groups(self.book, keys), np.int64).reshape(-1, 2)
+        size, ticket = lay_out(writes, columns)[1], self.book.last_ticket + 1
+        self.spaces.settle(now)
+        with self.spaces.allocation(node, size) as offset:
+            if offset is None:
+                return None
+            args = [ticket, list(columns), nbytes, node, offset, size, _plain(holder), request_id, entered]
+            self._do("reserve", *args)
+        self._lasts(ticket, now)
+        return Reservation(ticket, list(columns), node, offset, size)
+
+    def move(self, ticket: int, now: float) -> Reservation | None:
+        """Another extent for a reservation whose extent is still looked at by somebody; None when there is none now.
+
+        Either way the busy one is not handed out for PARKED_SECONDS. Raises: DockTimeout when the reservation is over.
+        """
+        record = self.book.reservations.get(ticket)
+        if record is None:
+            raise DockTimeout(f"a put was not written within {self.settings.lease_timeout:g} s")
+        self.spaces.settle(now)
+        with self.spaces.allocation(record.node, record.size) as offset:
+            if record.extent is not None:
+                busy = record.extent.offset
+                with self.spaces.parking(record.node, busy, now):
+                    self._do("move", ticket, offset)
+            elif offset is not None:
+                self._do("move", ticket, offset)
+        return None if offset is None else Reservation(ticket, record.columns, record.node, offset, record.size)
+
+    def is_reserved(self, ticket: int) -> bool:
+        return ticket in self.book.reservations
 
     def cancel(self, ticket: int) -> None:
         """Give a reservation back; nothing happens when it is over already."""
-        self.bytes_reserved -= self._reservations.pop(ticket, 0)
+        if ticket in self.book.reservations:
+            self._do("cancel", ticket)
 
-    def commit(
-        self, ticket: int, keys: Sequence[SampleKey], writes: Mapping[str, ColumnWrite], refs: Mapping[str, Any]
-    ) -> set[str]:
-        """Make the columns in `refs` visible, spending the reservation. Returns the consumers that got samples.
+    def commit(self, ticket: int, keys: Sequence[SampleKey], writes: Mapping[str, ColumnWrite]) -> set[str]:
+        """Make a written put visible, spending its reservation. Returns the consumers that got samples.
 
-        Raises: DockTimeout when the reservation is over, and what `new_columns` raises.
+        Raises: DockTimeout when the reservation is over and not all of the put is there, and what `new_columns` raises.
         """
-        if ticket not in self._reservations:
-            raise DockTimeout(f"the put of {describe_keys(keys)} was not written within {self.lease_timeout:g} s")
+        record = self.book.reservations.get(ticket)
+        if record is None:
+            if not self.new_columns(keys, writes):
+                return set()  # a repeated commit, or an equal put came first
+            text = f"the put of {describe_keys(SampleKey(*key) for key in keys)} was not written"
+            raise DockTimeout(f"{text} within {self.settings.lease_timeout:g} s")
         new = set(self.new_columns(keys, writes))
-        self.cancel(ticket)
-        woken: set[str] = set()
-        for column, ref in refs.items():
-            if column in new:
-                woken |= self._write(column, writes[column], ref, keys)
-        return woken
-
-    def _write(self, column: str, write: ColumnWrite, ref: Any, keys: Sequence[SampleKey]) -> set[str]:
-        block, woken = Block(ref, write.nbytes), set()
-        self._layouts[column] = write.layout
-        for row, key in enumerate(keys):
-            sample = self.samples.get(key) or self._open_sample(key)
-            if column in sample.digests:
-                continue
-            sample.digests[column] = write.digests[row]
-            group = self._groups[group_of(key)]
-            group.columns[column] = group.columns.get(column, 0) + 1
-            self.groups_complete[column] += group.columns[column] == self.samples_per_group
-            self.column_counts[column] += 1
-            if not self._is_finished(sample):
-                sample.places[column] = (block, int(write.start[row]), int(write.length[row]))
-                block.live += 1
-            for consumer in self.readers[column]:
-                sample.missing[consumer] -= 1
-                if not sample.missing[consumer]:
-                    self.pools[consumer].add(key)
-                    woken.add(consumer)
-        self.bytes_held += block.nbytes if block.live else 0
-        return woken
-
-    def _open_sample(self, key: SampleKey) -> Sample:
-        sample = Sample({consumer: len(reads) for consumer, reads in self.consumers.items()})
-        self.samples[key] = sample
-        self._groups.setdefault(group_of(key), Group()).indices.add(key.index)
-        return sample
+        if not set(record.columns) <= set(writes) or record.extent is None:
+            raise InvalidRequest(f"the put under reservation {ticket} has not written {', '.join(record.columns)}")
+        offsets, size = lay_out(writes, record.columns)
+        if size != record.size:
+            raise InvalidRequest(f"the put under reservation {ticket} has {size} bytes, it reserved {record.size}")
+        columns = [[name, offsets[name], writes[name].as_data()] for name in record.columns if name in new]
+        return self._do("commit", ticket, pack_keys(keys), columns)
 
     # ---- taking ------------------------------------------------------------------------------------------------
 
-    def check_request(self, consumer: str, count: int, minimum: int, whole_groups: bool, step: int | None) -> None:
-        if consumer not in self.consumers:
-            raise UnknownConsumer(unknown_name("consumer", consumer, self.consumers))
-        if not 1 <= minimum <= count:
-            raise InvalidRequest(f"get({consumer!r}) needs 1 <= minimum <= count, got minimum={minimum}, count={count}")
-        if whole_groups and (count % self.samples_per_group or minimum % self.samples_per_group):
-            size = self.samples_per_group
-            text = f"get({consumer!r}) of whole groups takes multiples of samples_per_group={size}"
-            raise InvalidRequest(f"{text}, got count={count}, minimum={minimum}")
-        if step in self._closed_steps:
-            raise StepClosed(f"get({consumer!r}) asks for samples of step {step}, which is closed")
+    def check_request(self, request: LeaseRequest) -> None:
+        """Raises: UnknownConsumer, InvalidRequest, StepClosed when no lease can ever come of the request."""
+        checks.check_request(self.book, request)
 
-    def lease(
-        self, consumer: str, count: int, minimum: int, whole_groups: bool, step: int | None, now: float
-    ) -> tuple[int, list[SampleKey]] | None:
-        """Hand out the lowest keys under a new lease (id, keys); None while there are fewer than `minimum`.
+    def lease(self, request: LeaseRequest, holder: Sequence[Any] | None, now: float) -> Grant | None:
+        """Hand out what the request asks for under a lease; None while there are too few samples.
 
-        Raises: UnknownConsumer, InvalidRequest, StepClosed.
+        Also then samples that it wants dropped are. Raises: what `check_request` raises.
         """
-        self.check_request(consumer, count, minimum, whole_groups, step)
-        keys = self.pools[consumer].choose(count, minimum, whole_groups, step)
+        self.check_request(request)
+        ticket = self.book.requests.get((request.consumer, request.request_id)) if request.request_id else None
+        if ticket is None:
+            if stale := stale_samples(self.book, request):
+                self._do("drop", request.consumer, pack_keys(stale))
+            take = self._claim_part if request.balance else self._lease_samples
+            ticket = take(request, _plain(holder), now)
+        if ticket is None:
+            return None
+        keys = list(self.book.leases[ticket].held)
+        return Grant(ticket, keys, [self.book.groups[key[:2]].age for key in keys])
+
+    def _lease_samples(self, request: LeaseRequest, holder: Any, now: float) -> int | None:
+        keys = choose_samples(self.book, request)
         if keys is None:
             return None
-        deadline = now + self.lease_timeout
-        record = LeaseRecord(consumer, deadline, whole_groups, {}, {})
-        ticket = self._ticket(deadline)
-        for key in keys:
-            self.pools[consumer].remove(key)
-            self.samples[key].leased[consumer] = ticket
-            record.units.setdefault(record.unit_of(key), []).append(key)
-        record.pending = {unit: set(members) for unit, members in record.units.items()}
-        self.leases[ticket] = record
-        self.leased_counts[consumer] += len(keys)
-        return ticket, keys
+        ticket = self.book.last_ticket + 1
+        parts = [[ticket, pack_keys(keys), None]]
+        self._do("lease", request.consumer, request.whole_groups, holder, request.request_id, None, parts)
+        self._lasts(ticket, now)
+        return ticket
+
+    def _claim_part(self, request: LeaseRequest, holder: Any, now: float) -> int | None:
+        tag = request.tag()
+        if tag not in self.book.unclaimed:
+            plan = choose_parts(self.book, request)
+            if plan is None:
+                return None
+            first = self.book.last_ticket + 1
+            parts = [
+                [first + number, pack_keys(keys), None if request.ranks is None else number]
+                for number, keys in enumerate(plan)
+            ]
+            self._do("lease", request.consumer, request.whole_groups, None, b"", list(tag), parts)
+            for number in range(len(plan)):
+                self._lasts(first + number, now)
+        ticket = next(iter(self.book.unclaimed[tag]))
+        self._do("claim", ticket, holder, request.request_id)
+        self._lasts(ticket, now)
+        return ticket
+
+    def holds(self, ticket: int, keys: Sequence[SampleKey]) -> bool:
+        """Whether all these samples are under this lease still."""
+        record = self.book.leases.get(ticket)
+        return record is not None and all(key in record.held for key in keys)
 
     def read(self, keys: Sequence[SampleKey], columns: Sequence[str]) -> dict[str, ColumnRead]:
         """Where the columns of leased samples lie."""
-        found = {}
-        for column in columns:
-            places = [self.samples[key].places[column] for key in keys]
-            # Held by identity: two blocks may wrap equal refs, and Block is mutable.
-            numbers: dict[int, int] = {}
-            refs: list[Any] = []
-            for block, _, _ in places:
-                if id(block) not in numbers:
-                    numbers[id(block)] = len(refs)
-                    refs.append(block.ref)
-            found[column] = ColumnRead(
-                self.dtypes[column],
-                self._layouts[column],
-                refs,
-                np.array([numbers[id(block)] for block, _, _ in places], np.int64),
-                np.array([start for _, start, _ in places], np.int64),
-                np.array([length for _, _, length in places], np.int64),
-            )
-        return found
+        return read_columns(self.book, keys, columns)
 
     def ack(self, consumer: str, ticket: int, keys: Sequence[SampleKey]) -> None:
         """The consumer is done with these samples for good; repeating it under the same lease changes nothing.
 
         Raises: LeaseLost when the lease does not hold one of them any more.
         """
-        record = self.leases.get(ticket)
-        if lost := [key for key in keys if not self._may_ack(record, consumer, ticket, key)]:
+        record = self.book.leases.get(ticket)
+        held = record.held if record is not None and record.consumer == consumer else {}
+        samples, ours = self.book.samples, []
+        lost = []
+        for key in keys:
+            if key in held:
+                ours.append(key)
+            elif ticket == DROPPED or key not in samples or samples[key].acked.get(consumer) != ticket:
+                lost.append(SampleKey(*key))
+        if lost:
             raise LeaseLost(
                 f"{consumer!r} acknowledged {describe_keys(lost)} under lease {ticket}, which lost them: it passed its "
-                f"deadline of {self.lease_timeout:g} s, was released, or the step was closed"
+                f"deadline of {self.settings.lease_timeout:g} s, was released, or the step was closed"
             )
-        if record is None:
-            return
-        for key in keys:
-            pending = record.pending.get(record.unit_of(key), set())
-            pending.discard(key)
-            if not pending and record.holds(key):
-                for member in self._end_unit(ticket, record, key):
-                    self._finish(consumer, ticket, member)
-
-    def _may_ack(self, record: LeaseRecord | None, consumer: str, ticket: int, key: SampleKey) -> bool:
-        if record is not None and record.consumer == consumer and record.holds(key):
-            return True
-        return key in self.samples and self.samples[key].acked.get(consumer) == ticket
-
-    def _finish(self, consumer: str, ticket: int, key: SampleKey) -> None:
-        sample = self.samples[key]
-        sample.acked[consumer] = ticket
-        self.acked_counts[consumer] += 1
-        if self._is_finished(sample):
-            self._free(sample)
-
-    def _is_finished(self, sample: Sample) -> bool:
-        return len(sample.acked) == len(self.consumers)
-
-    def _end_unit(self, ticket: int, record: LeaseRecord, key: SampleKey) -> list[SampleKey]:
-        unit = record.unit_of(key)
-        members = record.units.pop(unit)
-        record.pending.pop(unit)
-        for member in members:
-            del self.samples[member].leased[record.consumer]
-        self.leased_counts[record.consumer] -= len(members)
-        if not record.units:
-            del self.leases[ticket]
-        return members
+        if ours:
+            self._do("ack", consumer, ticket, pack_keys(list(dict.fromkeys(ours))))
 
     def release(self, ticket: int, keys: Sequence[SampleKey]) -> set[str]:
         """Back to the pool, where the lease still holds them. Returns the consumers that got samples."""
-        record = self.leases.get(ticket)
-        if record is None:
-            return set()
-        returned = [member for key in keys if record.holds(key) for member in self._end_unit(ticket, record, key)]
-        for key in returned:
-            self.pools[record.consumer].add(key)
-        return {record.consumer} if returned else set()
+        record = self.book.leases.get(ticket)
+        held = [key for key in dict.fromkeys(keys) if record is not None and key in record.held]
+        return self._do("release", ticket, pack_keys(held)) if held else set()
 
-    # ---- time and steps ----------------------------------------------------------------------------------------
+    # ---- processes, time and steps -----------------------------------------------------------------------------
 
-    def _ticket(self, deadline: float) -> int:
-        self._last_ticket += 1
-        heapq.heappush(self._deadlines, (deadline, self._last_ticket))
-        return self._last_ticket
+    def holders(self) -> list[Holder]:
+        """The processes that have a lease or a reservation."""
+        return list(self.book.held_by)
 
-    def _is_open(self, ticket: int) -> bool:
-        return ticket in self.leases or ticket in self._reservations
+    def withdraw(self, request_id: bytes) -> set[str]:
+        """The put or get with this id isn't wanted any more. Returns the consumers that got samples."""
+        asked = [self.book.requests.get((name, request_id)) for name in (None, *self.settings.consumers)]
+        return self._end(ticket for ticket in asked if ticket is not None)
+
+    def end_holder(self, holder: Sequence[Any], now: float) -> set[str]:
+        """The process is gone: what it held is over. Returns the consumers that got samples."""
+        self.spaces.settle(now)
+        return self._end(sorted(self.book.held_by.get((holder[0], holder[1], holder[2]), ())))
+
+    def _end(self, tickets: Iterable[int]) -> set[str]:
+        woken: set[str] = set()
+        for ticket in tickets:
+            if ticket in self.book.leases:
+                woken |= self._do("release", ticket, None)
+            else:
+                self.cancel(ticket)
+        return woken
+
+    def _lasts(self, ticket: int, now: float) -> None:
+        self._deadlines[ticket] = now + self.settings.lease_timeout
+        heapq.heappush(self._ends, (self._deadlines[ticket], ticket))
+
+    def _first_end(self) -> tuple[float, int] | None:
+        while self._ends:
+            deadline, ticket = self._ends[0]
+            is_open = ticket in self.book.leases or ticket in self.book.reservations
+            if is_open and self._deadlines[ticket] == deadline:
+                return deadline, ticket
+            heapq.heappop(self._ends)
+            if not is_open:
+                self._deadlines.pop(ticket, None)
+        return None
 
     def next_deadline(self) -> float | None:
-        """When the first open lease or reservation ends by itself."""
-        while self._deadlines and not (
-            self._deadlines[0][1] in self.leases or self._deadlines[0][1] in self._reservations
-        ):
-            heapq.heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+        """When the first open lease or reservation ends by itself, or memory that was busy can be tried again."""
+        first = self._first_end()
+        ends = [] if first is None else [first[0]]
+        if (parked := self.spaces.next_end()) is not None:
+            ends.append(parked)
+        return min(ends, default=None)
 
     def expire(self, now: float) -> set[str]:
         """End the leases and reservations whose deadline is `now` or before. Returns the consumers that got samples."""
         woken: set[str] = set()
-        while (deadline := self.next_deadline()) is not None and deadline <= now:
-            ticket = self._deadlines[0][1]
-            self.cancel(ticket)
-            if ticket in self.leases:
-                woken |= self.release(ticket, [members[0] for members in self.leases[ticket].units.values()])
+        self.spaces.settle(now)
+        while (first := self._first_end()) is not None and first[0] <= now:
+            woken |= self._end([first[1]])
         return woken
 
-    def close_step(self, step: int, carry_unfinished: bool) -> int:
+    def close_step(self, step: int, carry_unfinished: bool, request_id: bytes = b"") -> int:
         """Drop the step's samples; with `carry_unfinished` only those that every consumer acknowledged.
 
-        Returns the number of dropped samples. Without `carry_unfinished` nothing can be put into the step any more.
+        Then groups of this and earlier steps that hold samples still are older by one; otherwise nothing can be put
+        into the step any more. Parts of balanced plans that nobody claimed go back where they lost a sample or became
+        too old. Returns the number of dropped samples; asked again by the same `request_id` it does nothing more.
         """
-        keys = [key for key in self.samples if key.step == step]
-        if carry_unfinished:
-            keys = [key for key in keys if self._is_finished(self.samples[key])]
-            self._retired.setdefault(step, set()).update(keys)
-        else:
-            self._closed_steps.add(step)
-            self._retired.pop(step, None)
-        # Every lease on them ends first, so that a sample to drop is acknowledged, in a pool, or lacks columns.
-        for key in keys:
-            for ticket in list(self.samples[key].leased.values()):
-                self.release(ticket, [key])
-        for key in keys:
-            self._drop(key)
-        if not carry_unfinished:
-            for group in [group for group in self._groups if group[0] == step]:
-                del self._groups[group]
-        return len(keys)
+        done, dropped = self.book.last_close
+        return dropped if request_id and request_id == done else self._do("close", step, carry_unfinished, request_id)
 
-    def _drop(self, key: SampleKey) -> None:
-        sample = self.samples.pop(key)
-        for consumer, missing in sample.missing.items():
-            if consumer in sample.acked:
-                self.acked_counts[consumer] -= 1
-            elif not missing:
-                self.pools[consumer].remove(key)
-        group = self._groups[group_of(key)]
-        for column in sample.digests:
-            self.groups_complete[column] -= group.columns[column] == self.samples_per_group
-            group.columns[column] -= 1
-            self.column_counts[column] -= 1
-            if not self.column_counts[column]:
-                del self._layouts[column]
-        self._free(sample)
+    # ---- checkpoints -------------------------------------------------------------------------------------------
 
-    def _free(self, sample: Sample) -> None:
-        for block, _, _ in sample.places.values():
-            block.live -= 1
-            self.bytes_held -= block.nbytes if not block.live else 0
-        sample.places.clear()
+    def pin(self) -> int:
+        """Extents that are needed now are not written over until `unpin` of the returned number."""
+        return self.spaces.pin(self.book.memory)
+
+    def unpin(self, number: int) -> None:
+        self.spaces.unpin(number)
+
+    def restore(self, state: Mapping[str, Any], moved: Sequence[tuple[str, int, str, int]]) -> set[str]:
+        """Take over a saved dock's samples, with what was acknowledged, into a dock that has none yet.
+
+        What was leased or being written then is not: leased samples are available. Args: state: of its book; moved:
+        node and offset of each saved extent with live blocks, and the node and offset here at which its bytes are now.
+        Returns the consumers that got samples.
+        Raises: InvalidRequest when the docks differ in columns, consumers or group size, this one is not empty, or
+        `moved` doesn't fit.
+        """
+        checks.check_restore(self.book, state, moved)
+        sizes = {(node, offset): size for node, offset, size in state["extents"]}
+        with self.spaces.taken([(node, offset, sizes[old, place]) for old, place, node, offset in moved]):
+            return self._do("restore", dict(state), [list(row) for row in moved])
 
     def status(self) -> dict[str, Any]:
         """Counts over the samples that the dock holds; plain numbers, no sample is visited."""
+        book = self.book
         return {
-            "samples": len(self.samples),
-            "columns": dict(self.column_counts),
-            "groups_complete": dict(self.groups_complete),
+            "samples": len(book.samples),
+            "columns": dict(book.column_counts),
+            "groups_complete": dict(book.groups_complete),
             "consumers": {
                 consumer: {
-                    "ready": len(self.pools[consumer].keys),
-                    "leased": self.leased_counts[consumer],
-                    "acked": self.acked_counts[consumer],
+                    "ready": pool.size,
+                    "leased": book.leased_counts[consumer],
+                    "acked": book.acked_counts[consumer],
+                    "dropped": book.dropped_counts[consumer],
                 }
-                for consumer in self.consumers
+                for consumer, pool in book.pools.items()
             },
-            "bytes_held": self.bytes_held,
-            "bytes_reserved": self.bytes_reserved,
-            "capacity_bytes": self.capacity_bytes,
+            "groups_open": len(book.open_groups),
+            "ages": dict(sorted(book.ages.items())),
+            "bytes_held": book.memory.bytes_held,
+            "bytes_reserved": book.bytes_reserved,
+            "capacity_bytes": self.settings.capacity_bytes,
+            "capacity_groups": self.settings.capacity_groups,
+            "nodes": self.spaces.status(book.memory),
         }
+
+
+def _plain(holder: Sequence[Any] | None) -> list[Any] | None:
+    return None if holder is None else list(holder)

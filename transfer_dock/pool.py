@@ -3,54 +3,115 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from transfer_dock.keys import GroupKey, SampleKey, group_of
+from transfer_dock.keys import GroupKey, SampleKey
+
+# Above this share of new entries sorting a list anew is cheaper than inserting them one by one.
+FEW = 1 / 32
 
 
 class Pool:
-    """Available samples of one consumer, and which groups are available completely (`samples_per_group` samples)."""
+    """Available samples of one consumer by group, and which groups are complete (`samples_per_group` samples)."""
 
     def __init__(self, samples_per_group: int) -> None:
         self.samples_per_group = samples_per_group
-        self.keys: list[SampleKey] = []
+        self.size = 0
+        self.members: dict[GroupKey, list[SampleKey]] = {}
         self.groups: list[GroupKey] = []
-        self._members: dict[GroupKey, int] = {}
+        self.complete: list[GroupKey] = []
 
-    def add(self, key: SampleKey) -> None:
-        insort(self.keys, key)
-        group = group_of(key)
-        self._members[group] = self._members.get(group, 0) + 1
-        if self._members[group] == self.samples_per_group:
-            insort(self.groups, group)
+    def available(self) -> list[SampleKey]:
+        return [key for group in self.groups for key in self.members[group]]
 
-    def remove(self, key: SampleKey) -> None:
-        del self.keys[bisect_left(self.keys, key)]
-        group = group_of(key)
-        if self._members[group] == self.samples_per_group:
-            del self.groups[bisect_left(self.groups, group)]
-        self._members[group] -= 1
-        if not self._members[group]:
-            del self._members[group]
+    def add(self, keys: Sequence[SampleKey]) -> None:
+        members, whole = self.members, self.samples_per_group
+        entered, completed = [], []
+        for key in keys:
+            group: GroupKey = key[:2]
+            found = members.get(group)
+            if found is None:
+                found = members[group] = [key]
+                entered.append(group)
+            elif found[-1] < key:
+                found.append(key)
+            else:
+                insort(found, key)
+            if len(found) == whole:
+                completed.append(group)
+        self.size += len(keys)
+        _insert(self.groups, entered)
+        _insert(self.complete, completed)
 
-    def choose(self, count: int, minimum: int, whole_groups: bool, step: int | None) -> list[SampleKey] | None:
-        """The lowest `count` samples (at least `minimum`), of one step or of all; None when there are too few."""
-        if not whole_groups:
-            low, high = _of_step(self.keys, step)
-            return self.keys[low : min(high, low + count)] if high - low >= minimum else None
-        size = self.samples_per_group
-        low, high = _of_step(self.groups, step)
-        if (high - low) * size < minimum:
+    def remove(self, keys: Sequence[SampleKey]) -> None:
+        members, whole = self.members, self.samples_per_group
+        emptied, broken = [], []
+        for key in keys:
+            group: GroupKey = key[:2]
+            found = members[group]
+            if len(found) == whole:
+                broken.append(group)
+            if len(found) == 1:
+                del members[group]
+                emptied.append(group)
+            else:
+                del found[bisect_left(found, key)]
+        self.size -= len(keys)
+        _delete(self.groups, emptied)
+        _delete(self.complete, broken)
+
+    def of_step(self, step: int | None, whole_groups: bool) -> list[GroupKey]:
+        """The groups, of one step or of all, with samples (or all their samples) here."""
+        ordered = self.complete if whole_groups else self.groups
+        if step is None:
+            return ordered
+        return ordered[bisect_left(ordered, (step,)) : bisect_left(ordered, (step + 1,))]  # type: ignore[type-var]
+
+    def choose(
+        self,
+        count: int,
+        minimum: int,
+        whole_groups: bool,
+        step: int | None,
+        may_go: Callable[[GroupKey], bool] | None = None,
+    ) -> list[SampleKey] | None:
+        """The lowest `count` samples (at least `minimum`) of groups that may go; None when there are too few."""
+        if self.size < minimum:
             return None
         chosen: list[SampleKey] = []
-        for group in self.groups[low : min(high, low + count // size)]:
-            # A tuple sorts before every longer one that it begins, so this is where the group's samples start.
-            first = bisect_left(self.keys, group)  # type: ignore[type-var]
-            chosen += self.keys[first : first + size]
-        return chosen
+        for group in self.of_step(step, whole_groups):
+            if may_go is None or may_go(group):
+                chosen += self.members[group]
+                if len(chosen) >= count:
+                    break
+        return chosen[:count] if len(chosen) >= minimum else None
 
 
-def _of_step(ordered: list[Any], step: int | None) -> tuple[int, int]:
-    if step is None:
-        return 0, len(ordered)
-    return bisect_left(ordered, (step,)), bisect_left(ordered, (step + 1,))
+def _insert(ordered: list[Any], added: list[Any]) -> None:
+    if not added:
+        return
+    added.sort()
+    if not ordered or ordered[-1] < added[0]:
+        ordered += added
+    elif len(added) < FEW * len(ordered):
+        for entry in added:
+            insort(ordered, entry)
+    else:
+        ordered += added
+        ordered.sort()
+
+
+def _delete(ordered: list[Any], removed: list[Any]) -> None:
+    if not removed:
+        return
+    removed.sort()
+    first = bisect_left(ordered, removed[0])
+    if ordered[first : first + len(removed)] == removed:
+        del ordered[first : first + len(removed)]
+    elif len(removed) < FEW * len(ordered):
+        for entry in removed:
+            del ordered[bisect_left(ordered, entry)]
+    else:
+        gone = set(removed)
+        ordered[:] = [entry for entry in ordered if entry not in gone]

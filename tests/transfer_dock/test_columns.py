@@ -8,21 +8,43 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transfer_dock import ColumnMismatch, InvalidRequest, Jagged
-from transfer_dock.columns import NUMERIC, ColumnRead, check_dtypes, decode, encode
+from transfer_dock import ColumnMismatch, InvalidRequest, Jagged, wire
+from transfer_dock.columns import (
+    ALIGNMENT,
+    NUMERIC,
+    ColumnRead,
+    ColumnWrite,
+    Encoded,
+    Place,
+    as_values,
+    check_dtypes,
+    encode,
+    flat_rows,
+    lay_out,
+)
 
 
-def read_of(dtype: str, puts: list, places: list[tuple[int, int]]) -> ColumnRead:
-    """Rows (put, row) out of several encoded puts."""
-    writes = [write for write, _ in puts]
-    return ColumnRead(
+def bytes_of(put: Encoded) -> np.ndarray:
+    """What the dock would write."""
+    return np.concatenate([piece.reshape(-1).view(np.uint8) for piece in put.pieces])
+
+
+def read_of(dtype: str, puts: list[Encoded], places: list[tuple[int, int]]) -> ColumnRead:
+    """Rows (put, row) out of several encoded puts; block i lies on node "i"."""
+    writes = [put.write for put in puts]
+    read = ColumnRead(
         dtype,
         writes[0].layout,
-        list(range(len(puts))),
+        [Place(str(number), 0, write.nbytes, 0, write.nbytes) for number, write in enumerate(writes)],
         np.array([put for put, _ in places], np.int64),
         np.array([writes[put].start[row] for put, row in places], np.int64),
         np.array([writes[put].length[row] for put, row in places], np.int64),
     )
+    return ColumnRead.from_data(wire.unpack(wire.pack(read.as_data())))
+
+
+def values_of(read: ColumnRead, blocks: list[np.ndarray]) -> object:
+    return as_values(read, flat_rows(read, lambda places: [blocks[int(place.node)] for place in places]))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -34,7 +56,7 @@ def test_any_rows_of_any_puts_come_back_in_order(data: st.DataObject, dtype: str
     puts = [encode("x", dtype, Jagged.from_rows(put), len(put)) for put in rows]
     everywhere = [(put, row) for put in range(len(rows)) for row in range(len(rows[put]))]
     places = data.draw(st.lists(st.sampled_from(everywhere), max_size=8, unique=True))
-    found = decode(read_of(dtype, puts, places), lambda refs: [puts[ref][1] for ref in refs])
+    found = values_of(read_of(dtype, puts, places), [bytes_of(put) for put in puts])
     assert found.values.dtype == dtype
     assert len(found) == len(places)
     for got, (put, row) in zip(found.rows(), places, strict=True):
@@ -48,40 +70,71 @@ def test_fixed_size_rows_of_any_puts_come_back_in_order(sizes: list[int], data: 
     puts = [encode("x", "float32", array, len(array)) for array in arrays]
     everywhere = [(put, row) for put, size in enumerate(sizes) for row in range(size)]
     places = data.draw(st.permutations(everywhere))
-    found = decode(read_of("float32", puts, places), lambda refs: [puts[ref][1] for ref in refs])
+    found = values_of(read_of("float32", puts, places), [bytes_of(put) for put in puts])
     np.testing.assert_array_equal(found, np.stack([arrays[put][row] for put, row in places]))
 
 
 def test_neighbouring_rows_of_one_put_are_a_view() -> None:
     put = encode("x", "int32", Jagged.from_rows([np.arange(length, dtype=np.int32) for length in (3, 1, 0, 5)]), 4)
-    inside = decode(read_of("int32", [put], [(0, 1), (0, 2), (0, 3)]), lambda refs: [put[1]])
-    assert np.shares_memory(inside.values, put[1])
+    data = bytes_of(put)
+    inside = values_of(read_of("int32", [put], [(0, 1), (0, 2), (0, 3)]), [data])
+    assert np.shares_memory(inside.values, data)
     tensor, offsets = inside.torch()
     assert tensor.data_ptr() == inside.values.ctypes.data
     assert offsets.tolist() == [0, 1, 1, 6]
-    swapped = decode(read_of("int32", [put], [(0, 3), (0, 0)]), lambda refs: [put[1]])
-    assert not np.shares_memory(swapped.values, put[1])
+    swapped = values_of(read_of("int32", [put], [(0, 3), (0, 0)]), [data])
+    assert not np.shares_memory(swapped.values, data)
 
 
-def test_a_put_of_a_contiguous_array_or_tensor_makes_no_copy() -> None:
+def test_what_is_written_are_the_callers_own_arrays_and_copies_are_counted() -> None:
     tensor = torch.arange(12, dtype=torch.float32).reshape(4, 3)
-    _, flat = encode("x", "float32", tensor, 4)
-    assert flat.ctypes.data == tensor.data_ptr()
+    rows = [torch.arange(length, dtype=torch.float32) for length in (3, 1, 2, 5)]
+    whole, parts = encode("x", "float32", tensor, 4), encode("x", "float32", rows, 4)
+    assert whole.pieces[0].ctypes.data == tensor.data_ptr()
+    assert [piece.ctypes.data for piece in parts.pieces] == [row.numpy().ctypes.data for row in rows]
+    assert (whole.copied, parts.copied) == (0, 0)
+    assert encode("x", "float32", tensor.T, 3).copied == 48
+    assert encode("x", "float32", [[1.0, 2.0], [3.0]], 2).copied == 12
+    assert encode("x", "str", ["ab", "c"], 2).copied == 5
+
+
+def test_blocks_of_a_put_lie_apart_and_aligned() -> None:
+    writes = {name: encode(name, "uint8", np.zeros(size, np.uint8), size).write for name, size in (("a", 3), ("b", 65))}
+    assert lay_out(writes, ["b", "a"]) == ({"b": 0, "a": 2 * ALIGNMENT}, 3 * ALIGNMENT)
+    assert lay_out(writes, []) == ({}, ALIGNMENT)
+
+
+@pytest.mark.parametrize("values", [np.zeros((2, 3), np.int32), Jagged.from_rows([np.zeros(2, np.int32)] * 2)])
+def test_metadata_survives_a_message(values: object) -> None:
+    write = encode("x", "int32", values, 2).with_digests()
+    again = ColumnWrite.from_data(wire.unpack(wire.pack(write.as_data())))
+    assert (again.layout, again.digests, again.nbytes) == (write.layout, write.digests, write.nbytes)
+    assert again.start.tolist() == write.start.tolist()
+    assert again.length.tolist() == write.length.tolist()
 
 
 def test_selected_rows_name_only_the_blocks_they_lie_in() -> None:
     puts = [encode("x", "int32", np.full(2, value, np.int32), 2) for value in range(3)]
     part = read_of("int32", puts, [(0, 0), (1, 0), (2, 1), (1, 1)]).select([2, 3])
-    assert part.refs == [1, 2]
-    assert decode(part, lambda refs: [puts[ref][1] for ref in refs]).tolist() == [2, 1]
+    assert [place.node for place in part.places] == ["1", "2"]
+    assert values_of(part, [bytes_of(put) for put in puts]).tolist() == [2, 1]
 
 
-def test_equal_rows_have_equal_digests_whatever_they_came_in() -> None:
-    array = np.array([[1, 2], [3, 4]], np.int32)
-    whole = encode("x", "int32", array, 2)[0].digests
-    assert encode("x", "int32", torch.tensor(array[:1]), 1)[0].digests == whole[:1]
-    assert encode("x", "int32", np.asfortranarray(array), 2)[0].digests == whole
-    assert encode("x", "int32", array + 1, 2)[0].digests != whole
+@pytest.mark.parametrize("width", [2, 3, 5, 9])
+def test_equal_rows_have_equal_digests_whatever_they_came_in(width: int) -> None:
+    array = np.arange(2 * width, dtype=np.int32).reshape(2, width)
+    whole = encode("x", "int32", array, 2).with_digests().digests
+    assert encode("x", "int32", torch.tensor(array[:1]), 1).with_digests().digests == whole[:16]
+    assert encode("x", "int32", np.asfortranarray(array), 2).with_digests().digests == whole
+    other = encode("x", "int32", array + np.array([[0], [1]], np.int32), 2).with_digests()
+    assert (other.digest(0), other.digest(1) == whole[16:]) == (whole[:16], False)
+    rows = encode("x", "int32", list(array), 2).with_digests()
+    assert encode("x", "int32", Jagged.from_rows(list(array)), 2).with_digests().digests == rows.digests
+
+
+def test_rows_of_other_lengths_have_other_digests() -> None:
+    zeros = encode("x", "int8", [np.zeros(length, np.int8) for length in range(20)], 20).with_digests()
+    assert len({zeros.digest(row) for row in range(20)}) == 20
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_a_sample_is_ready_when_its_last_column_arrives_from_another_put(
     assert list(batch.keys) == sorted(backwards)
     assert batch.columns["rewards"].tolist() == [key.index for key in batch.keys]
     status = dock.status()
-    assert status["consumers"]["train"] == {"ready": 0, "leased": 5, "acked": 0}
+    assert status["consumers"]["train"] == {"ready": 0, "leased": 5, "acked": 0, "dropped": 0}
     assert status["columns"]["rewards"] == 5
     assert (status["groups_complete"]["rewards"], status["groups_complete"]["responses"]) == (1, 2)
 
@@ -106,7 +106,7 @@ def test_a_batch_is_read_in_another_process_without_the_driver_touching_its_payl
     assert sums == {key: int(row.sum()) for key, row in zip(keys, responses_of(keys), strict=True)}
     assert [writable for _, _, writable in found] == [True, False], "neighbouring rows are read in place"
     dock.ack(parts[0])
-    assert dock.status()["consumers"]["train"] == {"ready": 0, "leased": 5, "acked": 3}
+    assert dock.status()["consumers"]["train"] == {"ready": 0, "leased": 5, "acked": 3, "dropped": 0}
     dock.release(parts[1])
     assert list(dock.get("train", 5).keys) == list(parts[1].keys)
     [nothing] = batch.split([[]])
@@ -120,15 +120,47 @@ def responses_of_floats(keys: list[SampleKey]) -> list[np.ndarray]:
     return [row.astype(np.float32) for row in responses_of(keys)]
 
 
-def test_a_contiguous_batch_lies_in_shared_memory(make_dock: MakeDock) -> None:
-    dock, keys = make_dock(), keys_of(range(4))
+def test_a_contiguous_batch_is_read_in_place_and_a_put_copies_once(make_dock: MakeDock) -> None:
+    dock = make_dock(consumers={"train": ["responses", "rewards"], "log": ["responses"]})
+    keys = keys_of(range(4))
     values = Jagged.from_rows(responses_of(keys))
-    dock.put({"responses": values, "log_probs": responses_of_floats(keys), "rewards": np.zeros(16, np.float32)}, keys)
-    first, second = dock.get("train", 4), dock.get("train", 8)
-    for batch in (first, second):
-        [stored] = ray.get(batch.columns.reads["responses"].refs)
-        assert np.shares_memory(batch.columns["responses"].values, stored)
-        assert batch.columns["responses"].torch()[0].data_ptr() == batch.columns["responses"].values.ctypes.data
+    dock.put({"responses": values, "rewards": np.zeros(16, np.float32)}, keys)
+    assert dock.bytes_put == dock.bytes_copied_put == values.values.nbytes + 64
+    first, rest, both = dock.get("train", 4), dock.get("train", 12), dock.get("log", 16)
+    whole = both.columns["responses"].values
+    assert np.shares_memory(first.columns["responses"].values, whole[: first.columns["responses"].offsets[-1]])
+    assert np.shares_memory(rest.columns["responses"].values, whole)
+    assert rest.columns["responses"].torch()[0].data_ptr() == rest.columns["responses"].values.ctypes.data
+    assert (dock.bytes_got, dock.bytes_copied_get) == (2 * values.values.nbytes, 0)
+    [scattered] = both.split([[3, 1]])
+    assert scattered.columns["responses"].lengths.tolist() == [3, 1]
+    assert dock.bytes_copied_get == scattered.columns["responses"].values.nbytes
+
+
+def test_what_a_reader_sees_stays_while_the_dock_uses_its_memory_again(make_dock: MakeDock) -> None:
+    dock = make_dock(consumers={"train": ["responses"]}, capacity_bytes=1 << 16)
+    seen = []
+    for step in range(1, 9):
+        keys = keys_of(range(2), step)
+        dock.put({"responses": [np.full(1000, step, np.int32)] * 8}, keys)
+        batch = dock.get("train", 8)
+        seen.append(batch.columns["responses"].values if step % 2 else batch.columns["responses"].torch()[0])
+        dock.ack(batch)
+    assert [set(values.tolist()) for values in seen] == [{step} for step in range(1, 9)]
+    [node] = dock.status()["nodes"].values()
+    assert node["highest"] > 4 * 32000, "the memory of what is looked at was left alone"
+
+
+def test_memory_that_nobody_looks_at_is_used_again(make_dock: MakeDock) -> None:
+    dock = make_dock(consumers={"train": ["responses"]}, capacity_bytes=1 << 20)
+    for step in range(1, 9):
+        dock.put({"responses": [np.full(1000, step, np.int32)] * 8}, keys_of(range(2), step))
+        batch = dock.get("train", 8)
+        assert batch.columns["responses"].values.sum() == 8000 * step
+        dock.ack(batch)
+        del batch
+    [node] = dock.status()["nodes"].values()
+    assert node == {"used": 0, "highest": 32000}
 
 
 def test_competing_consumers_share_whole_groups_without_loss_or_doubling(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import ray
 
-from transfer_dock import DockClosed, DockTimeout, LeaseLost, PayloadLost, SampleKey, StepClosed, TransferDock
+from transfer_dock import Batch, DockClosed, DockTimeout, LeaseLost, SampleKey, StepClosed, TransferDock
 
 KILOBYTE = np.zeros((4, 64), np.float32)
 MakeDock = Callable[..., TransferDock]
@@ -26,6 +25,12 @@ def group(number: int, step: int = 1) -> list[SampleKey]:
 class Process:
     def put(self, dock: TransferDock, keys: list[SampleKey]) -> None:
         dock.put({"log_probs": KILOBYTE}, keys)
+
+    def look(self, batch: Batch) -> str:
+        try:
+            return str(batch.columns["log_probs"])
+        except LeaseLost as error:
+            return str(error)
 
     def take(self, dock: TransferDock, count: int) -> list[SampleKey]:
         return list(dock.get("train", count).keys)
@@ -111,11 +116,11 @@ def test_an_expired_lease_returns_to_the_pool_and_its_late_ack_is_refused(make_d
         dock.ack(lost)
     dock.ack(again)
     dock.ack(again)
-    assert dock.status()["consumers"]["train"] == {"ready": 0, "leased": 0, "acked": 4}
+    assert dock.status()["consumers"]["train"] == {"ready": 0, "leased": 0, "acked": 4, "dropped": 0}
 
 
 def test_a_killed_consumer_lease_returns_to_the_pool(make_dock: MakeDock) -> None:
-    dock = make_dock(consumers={"train": ["log_probs"]}, lease_timeout=1.0)
+    dock = make_dock(consumers={"train": ["log_probs"]})
     dock.put({"log_probs": KILOBYTE}, group(0))
     process = Process.remote()
     assert ray.get(process.take.remote(dock, 4)) == group(0)
@@ -146,23 +151,38 @@ def test_a_killed_controller_ends_every_wait_with_dock_closed(make_dock: MakeDoc
         dock.put({"log_probs": KILOBYTE}, group(0))
 
 
-def test_payload_of_a_dead_producer_is_a_typed_loss(make_dock: MakeDock) -> None:
+def test_what_a_dead_producer_put_is_still_there(make_dock: MakeDock) -> None:
     dock = make_dock(consumers={"train": ["log_probs"]})
     process = Process.remote()
     ray.get(process.put.remote(dock, group(0)))
-    batch = dock.get("train", 4)
     ray.kill(process)
+    assert np.array_equal(dock.get("train", 4).columns["log_probs"], KILOBYTE)
 
-    def is_lost() -> bool:
-        # Each split reads anew; the store serves the bytes until it has noticed that their owner is dead.
-        try:
-            [part] = batch.split([range(4)])
-            return part.columns["log_probs"] is None
-        except PayloadLost as error:
-            return "did a process that put it end" in str(error)
 
-    patience = threading.Event()
-    assert any(is_lost() or patience.wait(0.1) for _ in range(300))
+def test_a_column_first_looked_at_elsewhere_after_the_ack_is_refused(make_dock: MakeDock) -> None:
+    dock = make_dock(consumers={"train": ["log_probs"]})
+    dock.put({"log_probs": KILOBYTE}, group(0))
+    batch, process = dock.get("train", 4), Process.remote()
+    dock.ack(batch)
+    found = ray.get(process.look.remote(batch))
+    assert re.match(r"the columns of step 1: group 0 \[0-3\] can't be read any more: .* before the ack", found)
+    assert np.array_equal(batch.columns["log_probs"], KILOBYTE), "whoever took the lease still holds its memory"
+
+
+def test_a_put_that_slept_past_its_reservation_writes_nothing(make_dock: MakeDock, until: Until) -> None:
+    dock = make_dock(consumers={"train": ["log_probs"]}, lease_timeout=0.5)
+    arena = dock._access.arena
+
+    def late() -> object:
+        until(lambda: dock.status()["bytes_reserved"] == 0)
+        return arena()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dock._access, "arena", late)
+        with pytest.raises(DockTimeout, match="was not written within"):
+            dock.put({"log_probs": KILOBYTE}, group(0))
+    assert dock.status()["samples"] == dock.bytes_put == 0
+    dock.put({"log_probs": KILOBYTE}, group(0))
 
 
 def test_a_closed_step_takes_and_gives_nothing(make_dock: MakeDock, until: Until) -> None:
