@@ -1,9 +1,8 @@
 """The ways to hand columns from one process to another that `benchmarks.transfer_dock` compares, on the same data.
 
-Each is used as its authors do. The dock: put, get. Ray: `ray.put` of a dict of numpy arrays, which `ray.get` maps
-without a copy; that is its best case, and judged. `ray_tensors`, the same with torch tensors, which Ray pickles, is for
-information. TransferQueue: `kv_batch_put` and `kv_batch_get` of jagged nested tensors, as in its own
-scripts/performance_test/perftest.py.
+Each is used as its authors do. The dock: put, get. Ray: `ray.put` and `ray.get` of a dict of the same tensors, which
+Ray pickles; `ray_numpy`: of numpy arrays, which `ray.get` maps without a copy, its best case. TransferQueue:
+`kv_batch_put` and `kv_batch_get` of jagged nested tensors, as in its own scripts/performance_test/perftest.py.
 """
 
 from __future__ import annotations
@@ -107,8 +106,8 @@ class DockPeer:
         self.dock.close_step(handle[0])
 
 
-class RayPeer:
-    """`ray.put` and `ray.get`. Dropping the reference frees the object."""
+class RayNumpyPeer:
+    """`ray.put` and `ray.get` of numpy arrays. Dropping the reference frees the object."""
 
     def prepare(self, columns: dict[str, Jagged]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         return {name: (column.values, column.offsets) for name, column in columns.items()}
@@ -124,7 +123,7 @@ class RayPeer:
         pass
 
 
-class RayTensorsPeer(RayPeer):
+class RayPeer(RayNumpyPeer):
     """The same with jagged nested tensors (plain tensors and a TensorDict are not faster)."""
 
     def prepare(self, columns: dict[str, Jagged]) -> dict[str, torch.Tensor]:
@@ -164,7 +163,7 @@ class Stage:
         torch.set_num_threads(os.cpu_count() or 1)
         self.peers: dict[str, Any] = {
             "ray": RayPeer(),
-            "ray_tensors": RayTensorsPeer(),
+            "ray_numpy": RayNumpyPeer(),
             "transferqueue": TransferQueuePeer(),
         }
         self.inputs: dict[str, Any] = {}

@@ -3,10 +3,12 @@
 Round trips: one process puts jagged RL columns, another gets them and sums every byte; the sums are checked. The clock
 is the driver's, around the two actor calls (whose overhead is the same for all); freeing afterwards is not timed. Each
 peer has untimed trips before, then they take turns; GB/s is the payload over the median time. `copies_*` are the dock's
-own count of bytes copied for each byte put and got. Ray is judged by numpy arrays, its fastest way; see `peers`.
+own count of bytes copied for each byte put and got. Ray is judged by the same tensors; `ray_numpy`, its fastest way (a
+program that turns its tensors into arrays and back), is for information; see `peers`.
 
-Metadata: samples are put, leased and acknowledged, 32 in a call, by as many tasks as there are simulated consumers, in
-4 processes (the tasks share up to 4 consumer names). A put, lease or acknowledgement of a sample is a transition.
+Metadata: samples are put, leased and acknowledged, 128 (16 groups of 8) in a call, by as many tasks as there are
+simulated consumers, in 4 processes (the tasks share up to 4 consumer names). A put, lease or acknowledgement of a
+sample is a transition.
 
 Bars: 4x Ray and 4x TransferQueue at 300 MB, 3x TransferQueue at 2 GB, 20,000 sample-transitions/s. Exits 1 below one.
 `--quick`: one small case of each, not judged. The whole needs 24 GiB of memory.
@@ -43,12 +45,12 @@ CASES = {
     "300MB": Case(300_000_000, 5, {"ray": 4.0, "transferqueue": 4.0}),
     "2GB": Case(2_000_000_000, 3, {"transferqueue": 3.0}),
 }
-PEERS = ("ours", "ray", "transferqueue", "ray_tensors")
+PEERS = ("ours", "ray", "transferqueue", "ray_numpy")
 # Ray's store is slow until it has touched its memory.
 WARM_UP = 2
 CONSUMERS = (1, 16, 256)
 LEAST_TRANSITIONS = 20_000.0
-NAMES, CLIENTS, BATCH, SAMPLES = 4, 4, 32, 16384
+NAMES, CLIENTS, BATCH, SAMPLES = 4, 4, 128, 65536
 
 
 @contextmanager

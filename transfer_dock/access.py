@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterable
@@ -53,6 +54,9 @@ def _open(path: str) -> Arena:
     """One mapping a process and arena, for all handles on the dock."""
     with _lock:
         if path not in _arenas:
+            # Docks that were closed elsewhere: as long as they are mapped, their memory is not free.
+            for gone in [other for other in _arenas if not os.path.exists(other)]:
+                _arenas.pop(gone).close()
             _arenas[path] = Arena(path)
         return _arenas[path]
 

@@ -48,7 +48,7 @@ class Book:
         self.groups: dict[GroupKey, Group] = {}
         self.layouts: dict[str, Layout] = {}
         self.closed_steps: set[int] = set()
-        self.last_close = (b"", 0)  # its request, and how many samples it dropped
+        self.last_request = (b"", 0)  # of the last close or restore, and its answer
         self.producers: dict[str, dict[Holder, None]] = {}
         self.reservations: dict[int, ReservationRecord] = {}
         self.leases: dict[int, LeaseRecord] = {}
@@ -342,7 +342,7 @@ class Book:
         else:
             for group in groups:
                 del self.groups[group]
-        self.last_close = (request_id, len(keys))
+        self.last_request = (request_id, len(keys))
         return len(keys)
 
     def _remove(self, keys: Iterable[SampleKey]) -> None:
@@ -385,16 +385,15 @@ class Book:
 
     # ---- restoring ---------------------------------------------------------------------------------------------
 
-    def _restore(self, state: Mapping[str, Any], moved: Sequence[tuple[str, int, str, int]]) -> set[str]:
+    def _restore(self, state: Mapping[str, Any], moved: Sequence[Sequence[Any]], request_id: bytes) -> set[str]:
         """Take over the samples of another book's state. `moved`: node and offset of an extent there, and here. Its
         leases and reservations are over: what they held is available."""
         sizes = {(node, offset): size for node, offset, size in state["extents"]}
-        extents = {
-            (old, place): self.memory.hold(node, offset, sizes[old, place]) for old, place, node, offset in moved
-        }
+        extents = {(old, at): self.memory.hold(node, to, sizes[old, at]) for old, at, node, to in moved}
         snapshot.load_samples(self, state, extents)
         for extent in extents.values():
             if not extent.live:
                 self.memory.free(extent)
         self.last_ticket = max(self.last_ticket, state["ticket"])
+        self.last_request = (request_id, 0)
         return {consumer for consumer, pool in self.pools.items() if pool.size}

@@ -102,7 +102,7 @@ def load(path: str, access: Access, settings: Settings) -> None:
                 raise DockError(f"{path} is damaged: the {size} bytes at {begin} are not those that were written")
             arena.write(offset, size, [(offset, data)], valid_until=time.monotonic() + settings.lease_timeout)
             moved.append([node, extent, access.node, offset])
-    access.caller.run(ask("restore", header["state"], moved))
+    access.caller.run(ask("restore", header["state"], moved, os.urandom(8)))
 
 
 def _header(file: BinaryIO, path: str) -> dict[str, Any]:

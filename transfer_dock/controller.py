@@ -275,8 +275,8 @@ class Controller:
     async def do_unpin(self, wait: float, ticket: int) -> None:
         self.ledger.unpin(ticket)
 
-    async def do_restore(self, wait: float, state: Any, moved: list[Any]) -> None:
-        self._serve(self.ledger.restore(state, moved))
+    async def do_restore(self, wait: float, state: Any, moved: list[Any], request_id: bytes) -> None:
+        self._serve(self.ledger.restore(state, moved, request_id))
 
     async def do_close(self, wait: float) -> None:
         """Remove the dock's files, on every node."""

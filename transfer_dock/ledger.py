@@ -334,7 +334,7 @@ class Ledger:
         into the step any more. Parts of balanced plans that nobody claimed go back where they lost a sample or became
         too old. Returns the number of dropped samples; asked again by the same `request_id` it does nothing more.
         """
-        done, dropped = self.book.last_close
+        done, dropped = self.book.last_request
         return dropped if request_id and request_id == done else self._do("close", step, carry_unfinished, request_id)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -346,19 +346,23 @@ class Ledger:
     def unpin(self, number: int) -> None:
         self.spaces.unpin(number)
 
-    def restore(self, state: Mapping[str, Any], moved: Sequence[tuple[str, int, str, int]]) -> set[str]:
+    def restore(
+        self, state: Mapping[str, Any], moved: Sequence[tuple[str, int, str, int]], request_id: bytes = b""
+    ) -> set[str]:
         """Take over a saved dock's samples, with what was acknowledged, into a dock that has none yet.
 
         What was leased or being written then is not: leased samples are available. Args: state: of its book; moved:
         node and offset of each saved extent with live blocks, and the node and offset here at which its bytes are now.
-        Returns the consumers that got samples.
+        Returns the consumers that got samples; asked again by the same `request_id` it does nothing.
         Raises: InvalidRequest when the docks differ in columns, consumers or group size, this one is not empty, or
         `moved` doesn't fit.
         """
+        if request_id and request_id == self.book.last_request[0]:
+            return set()
         checks.check_restore(self.book, state, moved)
         sizes = {(node, offset): size for node, offset, size in state["extents"]}
         with self.spaces.taken([(node, offset, sizes[old, place]) for old, place, node, offset in moved]):
-            return self._do("restore", dict(state), [list(row) for row in moved])
+            return self._do("restore", dict(state), [list(row) for row in moved], request_id)
 
     def status(self) -> dict[str, Any]:
         """Counts over the samples that the dock holds; plain numbers, no sample is visited."""

@@ -40,7 +40,7 @@ def save(book: Book) -> dict[str, Any]:
         "groups": _table(ages, 3),
         "seen": pack_keys(seen),
         "closed_steps": sorted(book.closed_steps),
-        "last_close": list(book.last_close),
+        "last_request": list(book.last_request),
         "producers": {column: [list(holder) for holder in book.producers[column]] for column in sorted(book.producers)},
         # The arguments of the transitions that make them.
         "reservations": [_reservation(ticket, record) for ticket, record in sorted(book.reservations.items())],
@@ -100,8 +100,8 @@ def load(book: Book, state: Mapping[str, Any]) -> None:
     for ticket, packed in state["partly"]:
         book.leases[ticket].partly.update(unpack_keys(packed))
     book.last_ticket = state["ticket"]
-    request_id, dropped = state["last_close"]
-    book.last_close = (request_id, dropped)
+    request_id, answer = state["last_request"]
+    book.last_request = (request_id, answer)
     memory.highest = dict(state["highest"])
 
 

@@ -23,7 +23,7 @@ from transfer_dock.keys import pack_keys
 SIZE = 4
 COLUMNS = {"responses": "int32", "rewards": "float32"}
 CONSUMERS = {"reward": ["responses"], "train": ["responses", "rewards"], "log": ["rewards"]}
-# Every transition that a dock in use writes; `restore` is a dock's first and has its own test.
+# Every transition that a dock in use writes; `restore` is a restored dock's first.
 KINDS = ("reserve", "move", "cancel", "commit", "lease", "claim", "ack", "release", "drop", "close")
 Acked = Counter[tuple[str, SampleKey]]
 
@@ -41,15 +41,12 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def make_dock(plan: Path) -> Iterator[Callable[[], TransferDock]]:
+def make_dock(plan: Path) -> Iterator[Callable[..., TransferDock]]:
     docks: list[TransferDock] = []
 
-    def make() -> TransferDock:
-        docks.append(
-            TransferDock.create(
-                columns=COLUMNS, consumers=CONSUMERS, samples_per_group=SIZE, capacity_bytes=1 << 20, timeout=60.0
-            )
-        )
+    def make(restore: str | None = None) -> TransferDock:
+        options = {"columns": COLUMNS, "consumers": CONSUMERS, "samples_per_group": SIZE, "capacity_bytes": 1 << 20}
+        docks.append(TransferDock.create(**options, timeout=60.0, restore=restore))
         return docks[-1]
 
     yield make
@@ -127,7 +124,7 @@ def every_transition(dock: TransferDock) -> Acked:
 
 @pytest.mark.parametrize("when", ["torn", "after"])
 def test_a_controller_killed_at_any_transition_goes_on_from_its_journal(
-    plan: Path, make_dock: Callable[[], TransferDock], when: str
+    plan: Path, make_dock: Callable[..., TransferDock], when: str
 ) -> None:
     plan.write_text(json.dumps(dict.fromkeys(KINDS, when)))
     dock = make_dock()
@@ -140,6 +137,22 @@ def test_a_controller_killed_at_any_transition_goes_on_from_its_journal(
     assert (status["bytes_held"], status["bytes_reserved"]) == (0, 0)
     dock.close_step(2)
     assert dock.status()["samples"] == 2 * SIZE
+
+
+@pytest.mark.parametrize("when", ["torn", "after"])
+def test_a_controller_killed_while_it_restores_has_restored(
+    plan: Path, make_dock: Callable[..., TransferDock], tmp_path: Path, when: str
+) -> None:
+    saved, keys = make_dock(), keys_of(range(3), step=1)
+    saved.put({"responses": responses_of(keys)}, keys)
+    saved.ack(saved.get("reward", SIZE))
+    saved.save(str(tmp_path / "dock"))
+    plan.write_text(json.dumps({"restore": when}))
+    dock = make_dock(restore=str(tmp_path / "dock"))
+    assert json.loads(plan.read_text()) == {}, "it was killed"
+    batch = dock.get("reward", 2 * SIZE)
+    assert list(batch.keys) == keys[SIZE:]
+    assert all(map(np.array_equal, batch.columns["responses"], responses_of(keys[SIZE:])))
 
 
 @ray.remote(num_cpus=0)
@@ -169,7 +182,9 @@ def until_it_is_done(call: Callable[[int], ray.ObjectRef]) -> tuple[list[object]
             deaths += 1
 
 
-def test_a_producer_killed_anywhere_in_a_put_leaves_all_of_it_or_nothing(make_dock: Callable[[], TransferDock]) -> None:
+def test_a_producer_killed_anywhere_in_a_put_leaves_all_of_it_or_nothing(
+    make_dock: Callable[..., TransferDock],
+) -> None:
     dock, keys = make_dock(), keys_of(range(2), step=1)
     _, deaths = until_it_is_done(lambda need: Stage.remote().produce.remote(dock, keys, need))
     assert deaths == 4, "before encoding, reserving, writing and committing"
@@ -179,7 +194,7 @@ def test_a_producer_killed_anywhere_in_a_put_leaves_all_of_it_or_nothing(make_do
     assert dock.status()["bytes_reserved"] == 0, "the dead gave back what they had reserved"
 
 
-def test_a_consumer_killed_anywhere_hands_its_samples_to_the_next(make_dock: Callable[[], TransferDock]) -> None:
+def test_a_consumer_killed_anywhere_hands_its_samples_to_the_next(make_dock: Callable[..., TransferDock]) -> None:
     dock, keys = make_dock(), keys_of(range(2), step=1)
     dock.put({"responses": responses_of(keys)}, keys)
     found, deaths = until_it_is_done(lambda need: Stage.remote().consume.remote(dock, len(keys), need))
