@@ -11,11 +11,12 @@ import numpy as np
 import xxhash
 
 from transfer_dock.errors import ColumnMismatch, InvalidRequest
-from transfer_dock.jagged import Jagged, as_array, typed_array
+from transfer_dock.jagged import TORCH_ONLY, Jagged, as_array, as_bits, from_bits, typed_array
 
 NUMERIC = (
     *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
-    *("float16", "float32", "float64"),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+    *TORCH_ONLY,
 )
 MSGPACK = ("str", "object")
 DIGEST_BYTES = 16
@@ -175,6 +176,8 @@ def _packed(name: str, dtype: str, values: Any) -> tuple[list[np.ndarray], np.nd
 def _numeric(name: str, dtype: str, values: Any) -> tuple[list[np.ndarray], np.ndarray | None]:
     """The arrays as they are, and the lengths of variable-length rows (None for fixed-size ones)."""
     lengths = None
+    if dtype in TORCH_ONLY:
+        values, dtype = _bits(name, dtype, values), TORCH_ONLY[dtype]
     if isinstance(values, Jagged):
         arrays, lengths = [values.values], values.lengths
     elif isinstance(values, (list, tuple)) and any(np.ndim(value) for value in values):
@@ -189,6 +192,17 @@ def _numeric(name: str, dtype: str, values: Any) -> tuple[list[np.ndarray], np.n
     if arrays[0].ndim == 0:
         raise ColumnMismatch(f"column {name!r} got a single number; the first dimension is the samples")
     return arrays, lengths
+
+
+def _bits(name: str, dtype: str, values: Any) -> Any:
+    """The same rows as integers: for types that numpy lacks."""
+    tensors = [values.values] if isinstance(values, Jagged) else values if isinstance(values, list) else [values]
+    found = [str(getattr(value, "dtype", type(value).__name__)) for value in tensors]
+    if wrong := [kind for kind in found if kind != f"torch.{dtype}"]:
+        raise ColumnMismatch(f"column {name!r} is {dtype} and takes tensors of that type, got {wrong[0]}")
+    if isinstance(values, Jagged):
+        return Jagged(as_bits(values.values), values.offsets)
+    return [as_bits(value) for value in values] if isinstance(values, list) else as_bits(values)
 
 
 def _row_digests(pieces: Sequence[np.ndarray], layout: Layout, length: np.ndarray) -> bytes:
@@ -218,17 +232,18 @@ def _gather(read: ColumnRead, blocks: Sequence[np.ndarray]) -> np.ndarray:
 
 def flat_rows(read: ColumnRead, fetch: Callable[[list[Place]], Sequence[np.ndarray]]) -> np.ndarray:
     """The rows of a column one after the other; `fetch` gives the bytes (uint8) of its places."""
-    dtype = "uint8" if read.dtype in MSGPACK else read.dtype
+    dtype = "uint8" if read.dtype in MSGPACK else TORCH_ONLY.get(read.dtype, read.dtype)
     if not len(read.block):
         return np.zeros((0, *read.layout.row_shape), dtype)
     return _gather(read, [data.view(dtype).reshape(-1, *read.layout.row_shape) for data in fetch(read.places)])
 
 
-def as_values(read: ColumnRead, flat: np.ndarray) -> Jagged | np.ndarray | list[Any]:
-    """What a stage sees of the rows that `flat_rows` gave."""
+def as_values(read: ColumnRead, flat: np.ndarray) -> Any:
+    """What a stage sees of the rows that `flat_rows` gave: a Jagged, an array (or tensor) [S, ...], or a list."""
+    typed = from_bits(flat, read.dtype) if read.dtype in TORCH_ONLY else flat
     if not read.layout.jagged:
-        return flat
-    jagged = Jagged(flat, np.append(0, np.cumsum(read.length)))
+        return typed
+    jagged = Jagged(typed, np.append(0, np.cumsum(read.length)))
     if read.dtype in MSGPACK:
         return [msgpack.unpackb(row, strict_map_key=False) for row in jagged.rows()]
     return jagged

@@ -10,6 +10,28 @@ import numpy as np
 
 from transfer_dock.errors import ColumnMismatch
 
+# Numbers that torch has and numpy has not, and the integers of the same bits.
+TORCH_ONLY = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+
+
+def is_torch_only(value: Any) -> bool:
+    return hasattr(value, "detach") and str(value.dtype).removeprefix("torch.") in TORCH_ONLY
+
+
+def as_bits(tensor: Any) -> np.ndarray:
+    """The integers of a tensor that numpy has no type for; a view if it is on the CPU and contiguous."""
+    import torch
+
+    bits = TORCH_ONLY[str(tensor.dtype).removeprefix("torch.")]
+    return tensor.detach().cpu().contiguous().view(getattr(torch, bits)).numpy()
+
+
+def from_bits(array: np.ndarray, dtype: str) -> Any:
+    """The tensor that `as_bits` was given, over the same memory."""
+    import torch
+
+    return as_tensor(array).view(getattr(torch, dtype))
+
 
 def as_array(value: Any) -> np.ndarray:
     """A numpy view of an array or a CPU tensor (a copy for one on a device), without importing torch."""
@@ -28,8 +50,10 @@ def typed_array(values: Any, dtype: Any) -> np.ndarray:
     return np.asarray(values, dtype)
 
 
-def as_tensor(array: np.ndarray) -> Any:
+def as_tensor(array: Any) -> Any:
     """A torch view of `array` without a copy. What the dock gave is shared and read-only: clone before writing."""
+    if hasattr(array, "detach"):
+        return array
     import torch
 
     with warnings.catch_warnings():
@@ -40,12 +64,13 @@ def as_tensor(array: np.ndarray) -> Any:
 class Jagged:
     """S rows; row i is `values[offsets[i]:offsets[i + 1]]`.
 
-    Args: values [T, ...] array or tensor; offsets [S + 1] integers, from 0 to T, never falling.
+    Args: values [T, ...] array or tensor; offsets [S + 1] integers, from 0 to T, never falling. `values` and rows are
+    numpy arrays; of bfloat16 and float8, which numpy lacks, they are tensors.
     Raises: ColumnMismatch when the offsets do not describe the values.
     """
 
     def __init__(self, values: Any, offsets: Any) -> None:
-        self.values = as_array(values)
+        self.values = values.detach() if is_torch_only(values) else as_array(values)
         self.offsets = np.ascontiguousarray(as_array(offsets), dtype=np.int64)
         if self.values.ndim < 1 or self.offsets.ndim != 1 or len(self.offsets) < 1:
             raise ColumnMismatch("a Jagged needs values [T, ...] and offsets [S + 1]")
