@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from transfer_dock.arena import SHARED_MEMORY, sweep
+
 ROOT = Path(__file__).parents[2]
 REQUIRED = {
     "step", "reward/mean", "reward/std", "entropy", "kl/reference", "mismatch/kl", "time/rollout_s", "time/swap_s",
@@ -66,6 +68,7 @@ def environment(folder):
 def assert_nothing_is_left(folder):
     _, alive = psutil.wait_procs(descendants_of_ray(folder), timeout=20)
     assert not alive, [" ".join(process.cmdline())[:120] for process in alive]
+    assert sweep(SHARED_MEMORY) == [], "the dock's memory"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
