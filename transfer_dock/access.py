@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import ray
@@ -17,7 +17,7 @@ from transfer_dock.arena import Arena, Pin
 from transfer_dock.calls import Caller, ask
 from transfer_dock.columns import ColumnRead, Place, flat_rows
 from transfer_dock.errors import PayloadLost
-from transfer_dock.nodes import NAMESPACE
+from transfer_dock.nodes import NAMESPACE, Home
 from transfer_dock.watch import identity
 
 # Seconds between tries to reach the agent of another node while it restarts.
@@ -29,14 +29,6 @@ class Traffic:
 
     def __init__(self) -> None:
         self.put = self.copied_put = self.got = self.copied_get = 0
-
-
-class Home(NamedTuple):
-    """The dock's name, and node id and arena file of the node where it was created."""
-
-    name: str
-    node: str
-    path: str
 
 
 _arenas: dict[str, Arena] = {}

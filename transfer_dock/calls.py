@@ -25,11 +25,13 @@ REPLY_GRACE = 30.0
 
 
 class Call(NamedTuple):
-    """Ask the controller's `method`; it may wait until `deadline` (monotonic seconds of this process)."""
+    """Ask the controller's `method`; it may wait until `deadline` (monotonic seconds of this process), and then take
+    `grace` seconds more to answer."""
 
     method: str
     args: tuple[Any, ...]
     deadline: float = 0.0
+    grace: float = REPLY_GRACE
 
 
 class Work(NamedTuple):
@@ -41,9 +43,9 @@ class Work(NamedTuple):
 Steps = Generator[Call | Work, Any, Result]
 
 
-def ask(method: str, *args: Any) -> Steps[Any]:
+def ask(method: str, *args: Any, grace: float = REPLY_GRACE) -> Steps[Any]:
     """The operation that is one call, and no wait."""
-    return (yield Call(method, args))
+    return (yield Call(method, args, grace=grace))
 
 
 class Caller:
@@ -115,7 +117,7 @@ class _Patience:
     def __init__(self, call: Call) -> None:
         self.method = call.method
         self.started = time.monotonic()
-        self.end = max(call.deadline, self.started) + REPLY_GRACE
+        self.end = max(call.deadline, self.started) + call.grace
 
     def left(self) -> float:
         return max(self.end - time.monotonic(), 0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
 import time
@@ -20,7 +19,7 @@ from transfer_dock.explain import explain_get, explain_put
 from transfer_dock.journal import Journal
 from transfer_dock.keys import pack_keys, unpack_keys
 from transfer_dock.ledger import Grant, LeaseRequest, Ledger, Reservation
-from transfer_dock.nodes import Nodes
+from transfer_dock.nodes import Home, Nodes
 from transfer_dock.records import Settings
 from transfer_dock.waiting import WaitingLine
 
@@ -40,21 +39,19 @@ BUSY_RETRY = 0.1
 class Controller:
     """One per dock. All state changes happen between two awaits of one event loop, so each is atomic.
 
-    Args: name of the dock; settings as data; home: node id and arena file of this node.
+    Args: home as a Home's fields; settings as data.
     A controller that finds the dock's journal is a restart: it goes on from there.
     """
 
-    def __init__(self, name: str, settings: Sequence[Any], home: tuple[str, str]) -> None:
-        self.settings = Settings.from_data(settings)
-        node, arena = home
-        self._journal_path = os.path.splitext(arena)[0] + ".journal"
-        is_restart = os.path.exists(self._journal_path)
-        attached, state, records = _history(Journal.read(self._journal_path) if is_restart else [])
-        self.journal = Journal(self._journal_path)
+    def __init__(self, home: Sequence[str], settings: Sequence[Any]) -> None:
+        self.home, self.settings = Home(*home), Settings.from_data(settings)
+        is_restart = os.path.exists(self.home.journal)
+        attached, state, records = _history(Journal.read(self.home.journal) if is_restart else [])
+        self.journal = Journal(self.home.journal)
         # Held open for as long as the dock lives: an arena that nobody has open is swept up.
-        self._arena = Arena(arena)
+        self._arena = Arena(self.home.path)
         self._touched = 0
-        self.nodes = Nodes(name, self.settings.capacity_bytes, {node: arena} | attached, node)
+        self.nodes = Nodes(self.home, self.settings.capacity_bytes, attached)
         self.ledger = Ledger.replay(self.settings, state, records, time.monotonic(), record=self.journal.append)
         self._compacted = self.journal.size
         self._gets = {consumer: WaitingLine(in_order=False) for consumer in self.settings.consumers}
@@ -141,7 +138,7 @@ class Controller:
     def _touch_ahead(self) -> None:
         """Have memory behind the highest used byte made ready: to touch a page first costs more than to fill it."""
         ahead = min(TOUCH_AHEAD, self.settings.capacity_bytes)
-        highest = self.ledger.book.memory.highest.get(self.nodes.home, 0)
+        highest = self.ledger.book.memory.highest.get(self.home.node, 0)
         start = max(self._touched, highest)
         if highest + ahead // 2 >= self._touched and start + ahead <= self._arena.size:
             self._touched = start + ahead
@@ -282,8 +279,6 @@ class Controller:
         """Remove the dock's files, on every node."""
         await self.nodes.close()
         self.journal.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._journal_path)
 
 
 def _history(

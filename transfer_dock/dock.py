@@ -16,7 +16,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from transfer_dock.access import Access, Home, adopt
+from transfer_dock.access import Access, adopt
 from transfer_dock.arena import Arena, Pin, sweep
 from transfer_dock.batch import Batch, LazyColumns, Lease
 from transfer_dock.calls import Call, Caller, Steps, Work, ask
@@ -26,12 +26,15 @@ from transfer_dock.controller import DIGESTS_WANTED, Controller
 from transfer_dock.errors import DockError, DockTimeout, InvalidRequest, UnknownColumn, unknown_name
 from transfer_dock.jagged import Jagged, as_tensor
 from transfer_dock.keys import SampleKey, pack_keys, unpack_keys
-from transfer_dock.nodes import new_arena_path
+from transfer_dock.nodes import Home, new_arena_path
 from transfer_dock.records import Settings
 from transfer_dock.spaces import Spaces
 
 # Requests that may wait in the controller at once (Ray's default is 1000).
 MOST_REQUESTS = 10_000
+
+# How long the controller may take to remove the dock's files; seconds.
+CLOSE_GRACE = 5.0
 
 # From here on a put hashes beside the copy, in a thread: both are bound by memory, and neither needs the interpreter.
 PARALLEL_BYTES = 4 << 20
@@ -91,7 +94,7 @@ class TransferDock:
             "max_restarts": -1,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
         }
-        actor = ray.remote(Controller).options(**options).remote(name, settings.as_data(), (node, home.path))
+        actor = ray.remote(Controller).options(**options).remote(list(home), settings.as_data())
         dock = cls(Access(Caller(actor), home), settings, timeout)
         dock.status()
         if restore is not None:
@@ -202,11 +205,13 @@ class TransferDock:
 
     def close(self) -> None:
         """End the dock: who still waits gets DockClosed, its memory is freed. Views that are alive stay good."""
-        # A controller that is gone already leaves files; they are swept up when the next dock is created.
+        # A controller that is gone already, as after Ctrl-C, leaves the files of other nodes; the next dock that is
+        # created there sweeps them up.
         with contextlib.suppress(DockError):
-            self._caller.run(ask("close"))
+            self._caller.run(ask("close", grace=CLOSE_GRACE))
         ray.kill(self._caller.controller, no_restart=True)
         self._access.forget()
+        self._access.home.remove()
 
     # ---- the calls of MindSpeed-RL's transfer dock, for code that moves from there -----------------------------
 

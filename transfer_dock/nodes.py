@@ -7,7 +7,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -21,6 +21,25 @@ from transfer_dock.spaces import Spaces
 from transfer_dock.watch import process_end
 
 NAMESPACE = "transfer_dock"
+
+
+class Home(NamedTuple):
+    """The dock's name, and node id and arena file of the node where it was created."""
+
+    name: str
+    node: str
+    path: str
+
+    @property
+    def journal(self) -> str:
+        """The controller's journal, beside the arena."""
+        return os.path.splitext(self.path)[0] + ".journal"
+
+    def remove(self) -> None:
+        """Delete both, if this machine has them; who looks at payload keeps what it sees."""
+        for path in (self.path, self.journal):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def new_arena_path(name: str, node: str, capacity_bytes: int) -> str:
@@ -53,15 +72,16 @@ class NodeAgent:
 
     async def remove(self) -> None:
         """Delete the arena; who still looks at it keeps what it sees."""
-        os.unlink(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
 
 
 class Nodes:
     """Arena files by node id in `paths`, and agents where they are needed: on other nodes than the controller's `home`,
     and there too once another node reads from it."""
 
-    def __init__(self, name: str, capacity_bytes: int, paths: Mapping[str, str], home: str) -> None:
-        self.name, self.capacity_bytes, self.paths, self.home = name, capacity_bytes, dict(paths), home
+    def __init__(self, home: Home, capacity_bytes: int, paths: Mapping[str, str]) -> None:
+        self.home, self.capacity_bytes, self.paths = home, capacity_bytes, {home.node: home.path, **paths}
         # A controller that restarts starts new agents: the old ones end with the process that owned them.
         self._generation = uuid.uuid4().hex[:8]
         self._agents: dict[str, Any] = {}
@@ -78,11 +98,11 @@ class Nodes:
                 "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
             }
             actor = ray.remote(NodeAgent).options(**options)
-            self._agents[node] = actor.remote(self.name, node, self.capacity_bytes, self.paths.get(node))
+            self._agents[node] = actor.remote(self.home.name, node, self.capacity_bytes, self.paths.get(node))
         return self._agents[node]
 
     def _name_of(self, node: str) -> str:
-        return f"{self.name}-{self._generation}-{node}"
+        return f"{self.home.name}-{self._generation}-{node}"
 
     async def start(self, node: str) -> str:
         """The arena file of a node, made if there is none."""
@@ -97,7 +117,7 @@ class Nodes:
 
     async def process_end(self, node: str, pid: int, started: float) -> None:
         """Returns when a process has ended, or its node has."""
-        if node == self.home:
+        if node == self.home.node:
             return await process_end(pid, started)
         while True:
             try:
@@ -109,7 +129,8 @@ class Nodes:
                 return None
 
     async def close(self) -> None:
-        """Delete the arenas of all nodes."""
-        for node, path in self.paths.items():
-            with contextlib.suppress(FileNotFoundError, RayActorError):
-                await self.agent(node).remove.remote() if node != self.home else os.unlink(path)
+        """Delete the dock's files on all nodes."""
+        self.home.remove()
+        for node in self.paths.keys() - {self.home.node}:
+            with contextlib.suppress(RayActorError):
+                await self.agent(node).remove.remote()

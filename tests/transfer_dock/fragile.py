@@ -25,8 +25,8 @@ def die() -> None:
 class FragileController(Controller):
     """Dies once at each point of the plan: in the middle of writing a transition, or after it was written."""
 
-    def __init__(self, name: str, settings: Sequence[Any], home: tuple[str, str]) -> None:
-        super().__init__(name, settings, home)
+    def __init__(self, home: Sequence[str], settings: Sequence[Any]) -> None:
+        super().__init__(home, settings)
         self.ledger.record = self._append
 
     def _append(self, kind: str, args: Sequence[Any]) -> None:
