@@ -22,9 +22,12 @@ COLUMNS = {
 CONSUMERS = {
     "rollout": ["prompts"],
     "reward": ["prompt_texts", "responses", "answers"],
-    "advantages": ["prompts", "responses", "rewards", "truncated", "prompt_texts", "response_texts", "answers"],
+    "advantages": [
+        *("prompts", "responses", "rewards", "truncated", "prompt_texts", "response_texts", "answers"),
+        *("old_log_probs", "reference_log_probs"),
+    ],
     "log_probs": ["prompts", "responses", "rollout_log_probs"],
-    "update": ["prompts", "responses", "old_log_probs", "reference_log_probs", "advantages"],
+    "update": ["prompts", "responses", "truncated", "old_log_probs", "reference_log_probs", "advantages"],
 }
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qerl_rl.algorithms.advantages import group_advantages
+from qerl_rl.algorithms.choices import advantages_by_token
+from qerl_rl.algorithms.dapo import kept_samples
+from qerl_rl.algorithms.kl import next_kl_coefficient
+from qerl_rl.algorithms.sequences import sequence_ids, sequence_means
 from trainer.columns import create_dock
+from trainer.outcome import step_outcome
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder
 from trainer.shares import even_rows, group_rows, mini_batch_rows, update_shares
@@ -21,6 +25,8 @@ class GrpoTrainer:
         self.plan, self.config = plan, plan.config
         self.workers, self.recorder = workers, recorder
         self.dock = create_dock(plan.config)
+        self.kl_coefficient = plan.config.algorithm.kl_coefficient
+        """Of the next update; algorithm.kl_target steers it."""
 
     def run(self) -> None:
         """All steps, then the last checkpoint and the export."""
@@ -43,12 +49,13 @@ class GrpoTrainer:
             rollout = self._generate(step)
         with phase("reward"):
             scores = scoring.wait(timeout_s=self.config.fault.rollout_timeout_s)[0]
-            rewards = self._advantages(step)
         evaluation = self._evaluate(step)
         with phase("swap"):
             self._swap("swap_to_train")
         with phase("log_probs"):
             policy = self._log_probs(step)
+        with phase("reward"):
+            rewards = self._advantages(step)
         with phase("update"):
             update = self._update(step)
         self.dock.close_step(step)
@@ -86,24 +93,14 @@ class GrpoTrainer:
 
     def _advantages(self, step: int) -> dict[str, float]:
         batch = self.dock.get("advantages", self.config.samples_per_step, whole_groups=True, step=step)
-        rewards = torch.from_numpy(np.array(batch.columns["rewards"]))
-        groups = torch.tensor([key.group for key in batch.keys])
-        advantages = group_advantages(rewards, groups, normalize_std=self.config.algorithm.normalize_std)
-        self.dock.put({"advantages": advantages.numpy()}, batch.keys)
-        self.recorder.samples(step, batch, advantages.numpy())
-        lengths = np.diff(batch.columns["responses"].offsets)
-        truncated = np.asarray(batch.columns["truncated"])
+        outcome, metrics = step_outcome(self.config, batch, self.kl_coefficient)
+        advantages = advantages_by_token(outcome, self.config.algorithm)
+        rows = np.split(advantages.numpy(), outcome.lengths.cumsum(0)[:-1].numpy())
+        self.dock.put({"advantages": Jagged.from_rows(rows)}, batch.keys)
+        means = sequence_means(advantages, sequence_ids(outcome.lengths), len(batch.keys))
+        self.recorder.samples(step, batch, means.numpy())
         self.dock.ack(batch)
-        spread = rewards.view(-1, self.config.algorithm.samples_per_prompt).std(dim=1)
-        return {
-            "reward/mean": float(rewards.mean()),
-            "reward/std": float(rewards.std()),
-            "reward/min": float(rewards.min()),
-            "reward/max": float(rewards.max()),
-            "reward/groups_without_signal": float((spread == 0).float().mean()),
-            "response/length_mean": float(lengths.mean()),
-            "response/truncated": float(truncated.mean()),
-        }
+        return metrics
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Greedy answers to the held-out prompts, with the policy that rolled this step out."""
@@ -139,14 +136,33 @@ class GrpoTrainer:
         algorithm = self.config.algorithm
         random = np.random.default_rng([self.config.run.seed, step])
         rows = mini_batch_rows(batch.keys, algorithm.prompts_per_mini_batch, algorithm.epochs_per_step, random)
-        shares = update_shares(batch, rows, self.config.train_data_parallel)
-        arguments = [(share, step) for share in self.workers.by_data_rank("train", shares)]
-        results = self.workers.call_each("update", arguments).wait(timeout_s=self.config.fault.train_timeout_s)
+        if algorithm.mask_truncated:
+            kept = kept_samples(torch.from_numpy(np.array(batch.columns["truncated"]))).tolist()
+            rows = [[row for row in update if kept[row]] for update in rows]
+            rows = [update for update in rows if update]
+        metrics = self._update_on(batch, rows, step) if rows else {}
+        tokens = _token_counts(batch)
         self.dock.ack(batch)
+        return {**metrics, "train/tokens": float(sum(tokens[update].sum() for update in rows))}
+
+    def _update_on(self, batch: Batch, rows: list[list[int]], step: int) -> dict[str, float]:
+        """One optimizer update on each list of rows; their mean metrics."""
+        algorithm = self.config.algorithm
+        shares = update_shares(batch, rows, self.config.train_data_parallel)
+        arguments = [(share, step, self.kl_coefficient) for share in self.workers.by_data_rank("train", shares)]
+        results = self.workers.call_each("update", arguments).wait(timeout_s=self.config.fault.train_timeout_s)
         metrics = {name: float(np.mean([update[name] for update in results[0]])) for name in results[0][0]}
         # The entropy of a step is that of the policy that rolled it out; later mini-batches see a newer one.
         metrics.pop("entropy", None)
-        return {**metrics, "train/tokens": float(algorithm.epochs_per_step * _token_count(batch))}
+        metrics["kl/coefficient"] = self.kl_coefficient
+        self.kl_coefficient = next_kl_coefficient(
+            self.kl_coefficient,
+            metrics["kl/reference"],
+            target=algorithm.kl_target,
+            horizon=algorithm.kl_horizon,
+            samples=self.config.samples_per_step,
+        )
+        return metrics
 
     def _save(self, step: int) -> None:
         last, every = step == self.config.run.steps, self.config.checkpoint.every
@@ -174,5 +190,6 @@ def token_weighted(parts: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _token_count(batch: Batch) -> int:
-    return int(batch.columns["prompts"].offsets[-1] + batch.columns["responses"].offsets[-1])
+def _token_counts(batch: Batch) -> np.ndarray:
+    """Tokens of each row, prompt and response together."""
+    return np.diff(batch.columns["prompts"].offsets) + np.diff(batch.columns["responses"].offsets)
