@@ -13,7 +13,7 @@ from trainer.columns import create_dock
 from trainer.outcome import step_outcome
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder
-from trainer.shares import even_rows, group_rows, mini_batch_rows, update_shares
+from trainer.shares import even_rows, group_rows, kept_rows, mini_batch_rows, update_shares
 from transfer_dock import Batch, Jagged, SampleKey
 from workers import WorkerGroup
 
@@ -138,8 +138,7 @@ class GrpoTrainer:
         rows = mini_batch_rows(batch.keys, algorithm.prompts_per_mini_batch, algorithm.epochs_per_step, random)
         if algorithm.mask_truncated:
             kept = kept_samples(torch.from_numpy(np.array(batch.columns["truncated"]))).tolist()
-            rows = [[row for row in update if kept[row]] for update in rows]
-            rows = [update for update in rows if update]
+            rows = kept_rows(rows, kept)
         metrics = self._update_on(batch, rows, step) if rows else {}
         tokens = _token_counts(batch)
         self.dock.ack(batch)
