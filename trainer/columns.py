@@ -22,6 +22,7 @@ COLUMNS = {
 CONSUMERS = {
     "rollout": ["prompts"],
     "reward": ["prompt_texts", "responses", "answers"],
+    "selection": ["rewards"],
     "advantages": [
         *("prompts", "responses", "rewards", "truncated", "prompt_texts", "response_texts", "answers"),
         *("old_log_probs", "reference_log_probs"),
@@ -32,10 +33,13 @@ CONSUMERS = {
 
 
 def create_dock(config: Config) -> TransferDock:
-    """The dock of a run."""
+    """The dock of a run; only one that may sample again selects."""
+    consumers = dict(CONSUMERS)
+    if config.algorithm.sampling_rounds == 1:
+        del consumers["selection"]
     return TransferDock.create(
         columns=COLUMNS,
-        consumers=CONSUMERS,
+        consumers=consumers,
         samples_per_group=config.algorithm.samples_per_prompt,
         capacity_bytes=config.dock.capacity_bytes,
         timeout=config.dock.timeout_s,

@@ -13,6 +13,7 @@ from trainer.columns import create_dock
 from trainer.outcome import step_outcome
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder
+from trainer.selection import Selection
 from trainer.shares import even_rows, group_rows, kept_rows, mini_batch_rows, update_shares
 from transfer_dock import Batch, Jagged, SampleKey
 from workers import WorkerGroup
@@ -40,32 +41,50 @@ class GrpoTrainer:
             self.dock.close()
 
     def _step(self, step: int) -> dict[str, float]:
-        phase, samples = self.recorder.phase, self.config.samples_per_step
-        self._put_prompts(step)
+        phase = self.recorder.phase
         with phase("swap"):
             self._swap("swap_to_rollout", step)
-        with phase("rollout"):
-            scoring = self.workers.call_reward("score", self.dock, samples)
-            rollout = self._generate(step)
-        with phase("reward"):
-            scores = scoring.wait(timeout_s=self.config.fault.rollout_timeout_s)[0]
+        rollout, selection = self._roll_out(step)
         evaluation = self._evaluate(step)
         with phase("swap"):
             self._swap("swap_to_train")
         with phase("log_probs"):
-            policy = self._log_probs(step)
+            policy = self._log_probs(step, selection)
         with phase("reward"):
             rewards = self._advantages(step)
         with phase("update"):
             update = self._update(step)
         self.dock.close_step(step)
-        return {**rollout, "reward/failures": scores["failures"], **rewards, **evaluation, **policy, **update}
+        return {**rollout, **rewards, **evaluation, **policy, **update}
 
-    def _put_prompts(self, step: int) -> None:
+    def _roll_out(self, step: int) -> tuple[dict[str, float], Selection]:
+        """Sample and score, again for groups without signal as long as algorithm.sampling_rounds allows."""
+        algorithm, selection = self.config.algorithm, Selection(self.config.algorithm.prompts_per_step)
+        sums = {"rollout/tokens": 0.0, "reward/failures": 0.0}
+        for _ in range(algorithm.sampling_rounds):
+            groups = selection.missing
+            if not groups:
+                break
+            self._put_prompts(step, selection.sampled, groups)
+            with self.recorder.phase("rollout"):
+                scoring = self.workers.call_reward("score", self.dock, groups * algorithm.samples_per_prompt)
+                sums["rollout/tokens"] += self._generate(step, groups * algorithm.samples_per_prompt)
+            with self.recorder.phase("reward"):
+                scores = scoring.wait(timeout_s=self.config.fault.rollout_timeout_s)[0]
+                sums["reward/failures"] += scores["failures"]
+                if algorithm.sampling_rounds == 1:
+                    selection.add_all(groups)
+                else:
+                    batch = self.dock.get("selection", groups * algorithm.samples_per_prompt, step=step)
+                    selection.add(batch.keys, np.array(batch.columns["rewards"]))
+                    self.dock.ack(batch)
+        return sums | selection.metrics(), selection
+
+    def _put_prompts(self, step: int, first_group: int, groups: int) -> None:
         """One row a sample: the prompt is repeated for each of its group."""
         size = self.config.algorithm.samples_per_prompt
-        prompts = [p for p in self.plan.prompts.next(self.config.algorithm.prompts_per_step) for _ in range(size)]
-        keys = [SampleKey(step, row // size, row % size) for row in range(len(prompts))]
+        prompts = [p for p in self.plan.prompts.next(groups) for _ in range(size)]
+        keys = [SampleKey(step, first_group + row // size, row % size) for row in range(len(prompts))]
         columns = {
             "prompts": Jagged.from_rows([prompt.tokens for prompt in prompts]),
             "prompt_texts": [prompt.text for prompt in prompts],
@@ -77,8 +96,8 @@ class GrpoTrainer:
         reports = self.workers.call(method, *arguments).wait(timeout_s=self.config.fault.train_timeout_s)
         self.recorder.swap(reports)
 
-    def _generate(self, step: int) -> dict[str, float]:
-        total = self.config.samples_per_step
+    def _generate(self, step: int, total: int) -> float:
+        """Answer the `total` prompts that wait; returns the tokens of all responses."""
         prompts = self.dock.get("rollout", total, whole_groups=True, step=step)
         leases = prompts.split(group_rows(prompts.keys, self.config.rollout.data_parallel))
         shares = [lease if lease.keys else None for lease in leases]
@@ -86,7 +105,7 @@ class GrpoTrainer:
         pending = self.workers.call_each("generate", arguments)
         results = pending.wait(timeout_s=self.config.fault.rollout_timeout_s, on_wait=lambda: self._show(total))
         self.dock.ack(prompts)
-        return {"rollout/tokens": sum(result["tokens"] for result in results)}
+        return sum(result["tokens"] for result in results)
 
     def _show(self, total: int) -> None:
         self.recorder.progress(self.dock.status()["columns"]["responses"], total)
@@ -123,9 +142,13 @@ class GrpoTrainer:
             rewards = scores.wait(timeout_s=self.config.fault.rollout_timeout_s)[0]
         return {"eval/reward_mean": float(np.mean(rewards))}
 
-    def _log_probs(self, step: int) -> dict[str, float]:
-        batch = self.dock.get("log_probs", self.config.samples_per_step, whole_groups=True, step=step)
-        shares = batch.split(even_rows(len(batch.keys), self.config.train_data_parallel))
+    def _log_probs(self, step: int, selection: Selection) -> dict[str, float]:
+        """Of the selected samples; the stages after this one never see the others, which lack these columns."""
+        sampled = selection.sampled * self.config.algorithm.samples_per_prompt
+        batch = self.dock.get("log_probs", sampled, whole_groups=True, step=step)
+        rows = selection.rows(batch.keys)
+        parts = even_rows(len(rows), self.config.train_data_parallel)
+        shares = batch.split([[rows[i] for i in part] for part in parts])
         arguments = [(self.dock, share) for share in self.workers.by_data_rank("train", shares)]
         results = self.workers.call_each("log_probs", arguments).wait(timeout_s=self.config.fault.train_timeout_s)
         self.dock.ack(batch)

@@ -29,7 +29,7 @@ CHOICES = {
 }
 
 AT_LEAST = {
-    1: """algorithm.kl_horizon
+    1: """algorithm.kl_horizon algorithm.sampling_rounds
     run.steps cluster.workers cluster.threads_per_worker model.max_length train.tensor_parallel
     train.pipeline_parallel train.expert_parallel train.expert_tensor_parallel train.micro_batch_tokens
     rollout.tensor_parallel rollout.data_parallel rollout.max_sequences rollout.max_batched_tokens

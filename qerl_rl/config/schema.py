@@ -180,6 +180,9 @@ class AlgorithmConfig:
     kl_horizon: int = 10000
     """Samples over which the steering acts: larger is slower."""
     entropy_coefficient: float = 0.0
+    sampling_rounds: int = 1
+    """Rollouts in a step, at most (DAPO's dynamic sampling): after each, new prompts take the place of those whose
+    samples all earned the same; after the last, those fill what is still missing. 1 takes what comes."""
     overlong_buffer_tokens: int = 0
     """Tokens before rollout.max_response_tokens in which a response's reward falls linearly (DAPO); 0 punishes none."""
     overlong_penalty: float = 1.0

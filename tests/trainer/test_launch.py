@@ -37,11 +37,13 @@ ALGORITHMS = {
         "algorithm.loss=gspo",
         "algorithm.loss_aggregation=sequence_sum_constant",
         "algorithm.kl_in=reward",
-        "algorithm.kl_estimator=k1",
+        "algorithm.kl_estimator=k2",
         "algorithm.kl_coefficient=0.1",
         "algorithm.kl_target=0.5",
         "algorithm.kl_horizon=64",
         "algorithm.overlong_buffer_tokens=4",
+        "algorithm.sampling_rounds=2",
+        "reward.function=tests.trainer.reward_functions.many_digits",
     ],
 }
 
@@ -112,6 +114,9 @@ def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layo
         assert [step["kl/coefficient"] for step in steps] == pytest.approx([0.1, 0.09])
         assert steps[1]["reward/overlong_mean"] < -0.5
         assert steps[1]["reward/kl_mean"] != 0
+        # Some groups earn the same throughout; new prompts take their place once.
+        assert all(8 < step["sampling/groups"] <= 16 for step in steps)
+        assert all(step["reward/mean"] >= step["sampling/reward_mean"] for step in steps)
     assert_ledger(tmp_path)
     assert_export_loads(tmp_path)
     assert_nothing_is_left(tmp_path)
