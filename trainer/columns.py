@@ -22,17 +22,24 @@ COLUMNS = {
 CONSUMERS = {
     "rollout": ["prompts"],
     "reward": ["prompt_texts", "responses", "answers"],
-    "advantages": ["prompts", "responses", "rewards", "truncated", "prompt_texts", "response_texts", "answers"],
+    "selection": ["rewards"],
+    "advantages": [
+        *("prompts", "responses", "rewards", "truncated", "prompt_texts", "response_texts", "answers"),
+        *("old_log_probs", "reference_log_probs"),
+    ],
     "log_probs": ["prompts", "responses", "rollout_log_probs"],
-    "update": ["prompts", "responses", "old_log_probs", "reference_log_probs", "advantages"],
+    "update": ["prompts", "responses", "truncated", "old_log_probs", "reference_log_probs", "advantages"],
 }
 
 
 def create_dock(config: Config) -> TransferDock:
-    """The dock of a run."""
+    """The dock of a run; only one that may sample again selects."""
+    consumers = dict(CONSUMERS)
+    if config.algorithm.sampling_rounds == 1:
+        del consumers["selection"]
     return TransferDock.create(
         columns=COLUMNS,
-        consumers=CONSUMERS,
+        consumers=consumers,
         samples_per_group=config.algorithm.samples_per_prompt,
         capacity_bytes=config.dock.capacity_bytes,
         timeout=config.dock.timeout_s,

@@ -5,11 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qerl_rl.algorithms.advantages import group_advantages
+from qerl_rl.algorithms.choices import advantages_by_token
+from qerl_rl.algorithms.dapo import kept_samples
+from qerl_rl.algorithms.kl import next_kl_coefficient
+from qerl_rl.algorithms.sequences import sequence_ids, sequence_means
 from trainer.columns import create_dock
+from trainer.outcome import step_outcome
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder
-from trainer.shares import even_rows, group_rows, mini_batch_rows, update_shares
+from trainer.selection import Selection
+from trainer.shares import even_rows, group_rows, kept_rows, mini_batch_rows, update_shares
 from transfer_dock import Batch, Jagged, SampleKey
 from workers import WorkerGroup
 
@@ -21,6 +26,8 @@ class GrpoTrainer:
         self.plan, self.config = plan, plan.config
         self.workers, self.recorder = workers, recorder
         self.dock = create_dock(plan.config)
+        self.kl_coefficient = plan.config.algorithm.kl_coefficient
+        """Of the next update; algorithm.kl_target steers it."""
 
     def run(self) -> None:
         """All steps, then the last checkpoint and the export."""
@@ -34,31 +41,50 @@ class GrpoTrainer:
             self.dock.close()
 
     def _step(self, step: int) -> dict[str, float]:
-        phase, samples = self.recorder.phase, self.config.samples_per_step
-        self._put_prompts(step)
+        phase = self.recorder.phase
         with phase("swap"):
             self._swap("swap_to_rollout", step)
-        with phase("rollout"):
-            scoring = self.workers.call_reward("score", self.dock, samples)
-            rollout = self._generate(step)
-        with phase("reward"):
-            scores = scoring.wait(timeout_s=self.config.fault.rollout_timeout_s)[0]
-            rewards = self._advantages(step)
+        rollout, selection = self._roll_out(step)
         evaluation = self._evaluate(step)
         with phase("swap"):
             self._swap("swap_to_train")
         with phase("log_probs"):
-            policy = self._log_probs(step)
+            policy = self._log_probs(step, selection)
+        with phase("reward"):
+            rewards = self._advantages(step)
         with phase("update"):
             update = self._update(step)
         self.dock.close_step(step)
-        return {**rollout, "reward/failures": scores["failures"], **rewards, **evaluation, **policy, **update}
+        return {**rollout, **rewards, **evaluation, **policy, **update}
 
-    def _put_prompts(self, step: int) -> None:
+    def _roll_out(self, step: int) -> tuple[dict[str, float], Selection]:
+        """Sample and score, again for groups without signal as long as algorithm.sampling_rounds allows."""
+        algorithm, selection = self.config.algorithm, Selection(self.config.algorithm.prompts_per_step)
+        sums = {"rollout/tokens": 0.0, "reward/failures": 0.0}
+        for _ in range(algorithm.sampling_rounds):
+            groups = selection.missing
+            if not groups:
+                break
+            self._put_prompts(step, selection.sampled, groups)
+            with self.recorder.phase("rollout"):
+                scoring = self.workers.call_reward("score", self.dock, groups * algorithm.samples_per_prompt)
+                sums["rollout/tokens"] += self._generate(step, groups * algorithm.samples_per_prompt)
+            with self.recorder.phase("reward"):
+                scores = scoring.wait(timeout_s=self.config.fault.rollout_timeout_s)[0]
+                sums["reward/failures"] += scores["failures"]
+                if algorithm.sampling_rounds == 1:
+                    selection.add_all(groups)
+                else:
+                    batch = self.dock.get("selection", groups * algorithm.samples_per_prompt, step=step)
+                    selection.add(batch.keys, np.array(batch.columns["rewards"]))
+                    self.dock.ack(batch)
+        return sums | selection.metrics(), selection
+
+    def _put_prompts(self, step: int, first_group: int, groups: int) -> None:
         """One row a sample: the prompt is repeated for each of its group."""
         size = self.config.algorithm.samples_per_prompt
-        prompts = [p for p in self.plan.prompts.next(self.config.algorithm.prompts_per_step) for _ in range(size)]
-        keys = [SampleKey(step, row // size, row % size) for row in range(len(prompts))]
+        prompts = [p for p in self.plan.prompts.next(groups) for _ in range(size)]
+        keys = [SampleKey(step, first_group + row // size, row % size) for row in range(len(prompts))]
         columns = {
             "prompts": Jagged.from_rows([prompt.tokens for prompt in prompts]),
             "prompt_texts": [prompt.text for prompt in prompts],
@@ -70,8 +96,8 @@ class GrpoTrainer:
         reports = self.workers.call(method, *arguments).wait(timeout_s=self.config.fault.train_timeout_s)
         self.recorder.swap(reports)
 
-    def _generate(self, step: int) -> dict[str, float]:
-        total = self.config.samples_per_step
+    def _generate(self, step: int, total: int) -> float:
+        """Answer the `total` prompts that wait; returns the tokens of all responses."""
         prompts = self.dock.get("rollout", total, whole_groups=True, step=step)
         leases = prompts.split(group_rows(prompts.keys, self.config.rollout.data_parallel))
         shares = [lease if lease.keys else None for lease in leases]
@@ -79,31 +105,21 @@ class GrpoTrainer:
         pending = self.workers.call_each("generate", arguments)
         results = pending.wait(timeout_s=self.config.fault.rollout_timeout_s, on_wait=lambda: self._show(total))
         self.dock.ack(prompts)
-        return {"rollout/tokens": sum(result["tokens"] for result in results)}
+        return sum(result["tokens"] for result in results)
 
     def _show(self, total: int) -> None:
         self.recorder.progress(self.dock.status()["columns"]["responses"], total)
 
     def _advantages(self, step: int) -> dict[str, float]:
         batch = self.dock.get("advantages", self.config.samples_per_step, whole_groups=True, step=step)
-        rewards = torch.from_numpy(np.array(batch.columns["rewards"]))
-        groups = torch.tensor([key.group for key in batch.keys])
-        advantages = group_advantages(rewards, groups, normalize_std=self.config.algorithm.normalize_std)
-        self.dock.put({"advantages": advantages.numpy()}, batch.keys)
-        self.recorder.samples(step, batch, advantages.numpy())
-        lengths = np.diff(batch.columns["responses"].offsets)
-        truncated = np.asarray(batch.columns["truncated"])
+        outcome, metrics = step_outcome(self.config, batch, self.kl_coefficient)
+        advantages = advantages_by_token(outcome, self.config.algorithm)
+        rows = np.split(advantages.numpy(), outcome.lengths.cumsum(0)[:-1].numpy())
+        self.dock.put({"advantages": Jagged.from_rows(rows)}, batch.keys)
+        means = sequence_means(advantages, sequence_ids(outcome.lengths), len(batch.keys))
+        self.recorder.samples(step, batch, means.numpy())
         self.dock.ack(batch)
-        spread = rewards.view(-1, self.config.algorithm.samples_per_prompt).std(dim=1)
-        return {
-            "reward/mean": float(rewards.mean()),
-            "reward/std": float(rewards.std()),
-            "reward/min": float(rewards.min()),
-            "reward/max": float(rewards.max()),
-            "reward/groups_without_signal": float((spread == 0).float().mean()),
-            "response/length_mean": float(lengths.mean()),
-            "response/truncated": float(truncated.mean()),
-        }
+        return metrics
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Greedy answers to the held-out prompts, with the policy that rolled this step out."""
@@ -126,9 +142,13 @@ class GrpoTrainer:
             rewards = scores.wait(timeout_s=self.config.fault.rollout_timeout_s)[0]
         return {"eval/reward_mean": float(np.mean(rewards))}
 
-    def _log_probs(self, step: int) -> dict[str, float]:
-        batch = self.dock.get("log_probs", self.config.samples_per_step, whole_groups=True, step=step)
-        shares = batch.split(even_rows(len(batch.keys), self.config.train_data_parallel))
+    def _log_probs(self, step: int, selection: Selection) -> dict[str, float]:
+        """Of the selected samples; the stages after this one never see the others, which lack these columns."""
+        sampled = selection.sampled * self.config.algorithm.samples_per_prompt
+        batch = self.dock.get("log_probs", sampled, whole_groups=True, step=step)
+        rows = selection.rows(batch.keys)
+        parts = even_rows(len(rows), self.config.train_data_parallel)
+        shares = batch.split([[rows[i] for i in part] for part in parts])
         arguments = [(self.dock, share) for share in self.workers.by_data_rank("train", shares)]
         results = self.workers.call_each("log_probs", arguments).wait(timeout_s=self.config.fault.train_timeout_s)
         self.dock.ack(batch)
@@ -139,14 +159,32 @@ class GrpoTrainer:
         algorithm = self.config.algorithm
         random = np.random.default_rng([self.config.run.seed, step])
         rows = mini_batch_rows(batch.keys, algorithm.prompts_per_mini_batch, algorithm.epochs_per_step, random)
-        shares = update_shares(batch, rows, self.config.train_data_parallel)
-        arguments = [(share, step) for share in self.workers.by_data_rank("train", shares)]
-        results = self.workers.call_each("update", arguments).wait(timeout_s=self.config.fault.train_timeout_s)
+        if algorithm.mask_truncated:
+            kept = kept_samples(torch.from_numpy(np.array(batch.columns["truncated"]))).tolist()
+            rows = kept_rows(rows, kept)
+        metrics = self._update_on(batch, rows, step) if rows else {}
+        tokens = _token_counts(batch)
         self.dock.ack(batch)
+        return {**metrics, "train/tokens": float(sum(tokens[update].sum() for update in rows))}
+
+    def _update_on(self, batch: Batch, rows: list[list[int]], step: int) -> dict[str, float]:
+        """One optimizer update on each list of rows; their mean metrics."""
+        algorithm = self.config.algorithm
+        shares = update_shares(batch, rows, self.config.train_data_parallel)
+        arguments = [(share, step, self.kl_coefficient) for share in self.workers.by_data_rank("train", shares)]
+        results = self.workers.call_each("update", arguments).wait(timeout_s=self.config.fault.train_timeout_s)
         metrics = {name: float(np.mean([update[name] for update in results[0]])) for name in results[0][0]}
         # The entropy of a step is that of the policy that rolled it out; later mini-batches see a newer one.
         metrics.pop("entropy", None)
-        return {**metrics, "train/tokens": float(algorithm.epochs_per_step * _token_count(batch))}
+        metrics["kl/coefficient"] = self.kl_coefficient
+        self.kl_coefficient = next_kl_coefficient(
+            self.kl_coefficient,
+            metrics["kl/reference"],
+            target=algorithm.kl_target,
+            horizon=algorithm.kl_horizon,
+            samples=self.config.samples_per_step,
+        )
+        return metrics
 
     def _save(self, step: int) -> None:
         last, every = step == self.config.run.steps, self.config.checkpoint.every
@@ -174,5 +212,6 @@ def token_weighted(parts: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _token_count(batch: Batch) -> int:
-    return int(batch.columns["prompts"].offsets[-1] + batch.columns["responses"].offsets[-1])
+def _token_counts(batch: Batch) -> np.ndarray:
+    """Tokens of each row, prompt and response together."""
+    return np.diff(batch.columns["prompts"].offsets) + np.diff(batch.columns["responses"].offsets)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qerl_rl.algorithms.choices import find_advantage, find_loss
 from qerl_rl.config.checks import check_config
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.loader import LoadedConfig, to_yaml
@@ -46,6 +48,7 @@ def preflight(loaded: LoadedConfig) -> Plan:
     _check_format(loaded)
     _check_model_layouts(loaded, architecture)
     load_reward(config.reward.function)
+    _check_functions(loaded)
     tokenizer = _load_tokenizer(config.model.path)
     train, evaluation = _load_data(loaded, tokenizer)
     return Plan(config, architecture, tokenizer, train, evaluation)
@@ -75,6 +78,20 @@ def _check_format(loaded: LoadedConfig) -> None:
             fix=f"set quant.format to {found}, or quantize the model",
             where=loaded.locate("quant.format"),
         )
+
+
+def _check_functions(loaded: LoadedConfig) -> None:
+    """The advantages and the loss that the launch file names must exist and take what they are called with."""
+    algorithm = loaded.config.algorithm
+    finders: dict[str, Callable[[], object]] = {
+        "algorithm.advantage": lambda: find_advantage(algorithm.advantage),
+        "algorithm.loss": lambda: find_loss(algorithm.loss),
+    }
+    for key, find in finders.items():
+        try:
+            find()
+        except ConfigError as error:
+            raise ConfigError(error.problem, fix=error.fix, where=error.where or loaded.locate(key)) from None
 
 
 def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture) -> None:

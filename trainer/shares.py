@@ -41,6 +41,12 @@ def mini_batch_rows(
     return updates
 
 
+def kept_rows(updates: Sequence[Sequence[int]], kept: Sequence[bool]) -> list[list[int]]:
+    """The rows of each update that are `kept`; an update without any is none."""
+    left = [[row for row in update if kept[row]] for update in updates]
+    return [update for update in left if update]
+
+
 def update_shares(batch: Batch, updates: Sequence[Sequence[int]], ranks: int) -> list[list[Batch]]:
     """For each data-parallel rank its part of every update."""
     shares: list[list[Batch]] = [[] for _ in range(ranks)]

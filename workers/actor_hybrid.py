@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import socket
@@ -132,12 +133,15 @@ class ActorHybridWorker:
             "tokens": float(sum(len(row) for row in rollout_rows)),
         }
 
-    def update(self, batches: Sequence[Batch], step: int) -> list[dict[str, float]]:
-        """One optimizer update for each mini-batch share; returns the metrics of each, equal on all ranks."""
+    def update(self, batches: Sequence[Batch], step: int, kl_coefficient: float) -> list[dict[str, float]]:
+        """One optimizer update for each mini-batch share; returns the metrics of each, equal on all ranks.
+
+        kl_coefficient takes the place of the configured one, which the driver may steer.
+        """
         from qerl_rl.algorithms.grpo import grpo_loss
         from qerl_rl.metrics.profile import profiled
 
-        loss_function = grpo_loss(self.config.algorithm)
+        loss_function = grpo_loss(dataclasses.replace(self.config.algorithm, kl_coefficient=kl_coefficient))
         columns = ("old_log_probs", "reference_log_probs", "advantages")
         record = self.rank == 0 and step == self.config.profiler.step
         with profiled(Path(self.config.run.output_dir) / "profile" if record else None):

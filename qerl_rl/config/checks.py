@@ -9,6 +9,7 @@ from typing import Any
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import Config
 
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "mse")
 Locate = Callable[[str], str]
 Fault = tuple[str, str, str] | None
 """The key at fault, the problem, the fix."""
@@ -22,13 +23,14 @@ CHOICES = {
     "rollout.dtype": ("float32", "bfloat16"),
     "quant.format": ("w8a8", "none"),
     "algorithm.name": ("grpo",),
-    "algorithm.loss_aggregation": ("token_mean", "sequence_mean"),
-    "algorithm.kl_estimator": ("k1", "k2", "k3"),
+    "algorithm.loss_aggregation": ("token_mean", "sequence_mean", "sequence_sum_constant"),
+    "algorithm.kl_in": ("loss", "reward"),
     "track.console": ("auto", "lines", "quiet"),
 }
 
 AT_LEAST = {
-    1: """run.steps cluster.workers cluster.threads_per_worker model.max_length train.tensor_parallel
+    1: """algorithm.kl_horizon algorithm.sampling_rounds
+    run.steps cluster.workers cluster.threads_per_worker model.max_length train.tensor_parallel
     train.pipeline_parallel train.expert_parallel train.expert_tensor_parallel train.micro_batch_tokens
     rollout.tensor_parallel rollout.data_parallel rollout.max_sequences rollout.max_batched_tokens
     rollout.kv_cache_bytes
@@ -38,7 +40,8 @@ AT_LEAST = {
     2: "algorithm.samples_per_prompt noise.stages",
     0: """cluster.cpus_per_worker train.learning_rate train.warmup_steps train.weight_decay train.max_grad_norm
     rollout.top_k noise.sigma_start noise.sigma_end algorithm.clip_low algorithm.clip_high algorithm.kl_coefficient
-    algorithm.entropy_coefficient data.limit checkpoint.every eval.every profiler.step""",
+    algorithm.entropy_coefficient algorithm.loss_constant_tokens algorithm.kl_target algorithm.overlong_buffer_tokens
+    algorithm.overlong_penalty algorithm.discount data.limit checkpoint.every eval.every profiler.step""",
 }
 
 POSITIVE = """lora.alpha rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
@@ -125,6 +128,32 @@ def _check_batches(config: Config) -> Fault:
     return None
 
 
+def _check_algorithm(config: Config) -> Fault:
+    algorithm, longest = config.algorithm, config.rollout.max_response_tokens
+    if algorithm.kl_estimator not in KL_ESTIMATORS:
+        key = "algorithm.kl_estimator"
+        problem, near = f"{key}={algorithm.kl_estimator} is unknown.", " or ".join(KL_ESTIMATORS)
+        if algorithm.kl_estimator == "full":
+            problem = f"{key}=full needs both policies' probabilities of the whole vocabulary; the trainer keeps those"
+            problem, near = f"{problem} of the sampled tokens only.", "k3 (low variance) or k2"
+        return key, problem, f"set {key} to {near}"
+    if algorithm.discount > 1:
+        key = "algorithm.discount"
+        return key, f"{key}={algorithm.discount} makes late rewards count more.", f"set {key} to 1 or less"
+    if algorithm.dual_clip <= 1 + algorithm.clip_high:
+        key = "algorithm.dual_clip"
+        problem = f"{key}={algorithm.dual_clip} is not above 1 + algorithm.clip_high={algorithm.clip_high}."
+        return key, problem, f"set {key} to 3"
+    if algorithm.kl_target and not algorithm.kl_coefficient:
+        key = "algorithm.kl_coefficient"
+        return key, f"algorithm.kl_target={algorithm.kl_target} has no {key} to steer.", f"set {key} above 0"
+    if algorithm.overlong_buffer_tokens > longest:
+        key = "algorithm.overlong_buffer_tokens"
+        problem = f"{key}={algorithm.overlong_buffer_tokens} is more than rollout.max_response_tokens={longest}."
+        return key, problem, f"set {key} to {longest} or less"
+    return None
+
+
 def _check_adapters(config: Config) -> Fault:
     if not (config.lora.attention or config.lora.experts):
         problem = "lora.attention and lora.experts are both false: nothing would train."
@@ -160,6 +189,7 @@ CHECKS = (
     _check_train_layout,
     _check_rollout_layout,
     _check_batches,
+    _check_algorithm,
     _check_adapters,
     _check_lengths,
     _check_paths,

@@ -140,7 +140,10 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """GRPO: group advantages, clipped ratio, KL to the reference (the base without adapters)."""
+    """Learning without a critic: advantages, policy loss, KL to the reference (the base without adapters).
+
+    docs/algorithms.md has the formula and the source of everything that can be named here.
+    """
 
     name: str = "grpo"
     prompts_per_step: int = 16
@@ -149,15 +152,43 @@ class AlgorithmConfig:
     """Prompts in one optimizer update."""
     epochs_per_step: int = 1
     """Times each step's samples are trained on."""
+    advantage: str = "grpo"
+    """grpo, dr_grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, or a dotted path to a function."""
     normalize_std: bool = True
+    """Divide grpo's advantages by the standard deviation of their group."""
+    discount: float = 1.0
+    """Of rewards by token, in reinforce_plus_plus."""
+    loss: str = "ppo"
+    """ppo, dual_clip, gspo, cispo, or a dotted path to a function."""
     clip_low: float = 0.2
+    """The ratio to the old policy counts from 1 - clip_low on."""
     clip_high: float = 0.2
+    """The ratio to the old policy counts up to 1 + clip_high; larger than clip_low is DAPO's clip-higher."""
+    dual_clip: float = 3.0
+    """Largest ratio that counts against a bad token, in dual_clip."""
     loss_aggregation: str = "token_mean"
-    """token_mean or sequence_mean."""
+    """token_mean, sequence_mean or sequence_sum_constant (the sum over a sequence's tokens / loss_constant_tokens)."""
+    loss_constant_tokens: int = 0
+    """What sequence_sum_constant divides by; 0 takes rollout.max_response_tokens."""
     kl_coefficient: float = 0.0
+    kl_in: str = "loss"
+    """loss, or reward: each token then earns -kl_coefficient * KL before advantages are taken."""
     kl_estimator: str = "k3"
-    """k1, k2 or k3."""
+    """k1, k2, k3, abs or mse."""
+    kl_target: float = 0.0
+    """KL, in nats a token, that kl_coefficient is steered to; 0 keeps it fixed."""
+    kl_horizon: int = 10000
+    """Samples over which the steering acts: larger is slower."""
     entropy_coefficient: float = 0.0
+    sampling_rounds: int = 1
+    """Rollouts in a step, at most (DAPO's dynamic sampling): after each, new prompts take the place of those whose
+    samples all earned the same; after the last, those fill what is still missing. 1 takes what comes."""
+    overlong_buffer_tokens: int = 0
+    """Tokens before rollout.max_response_tokens in which a response's reward falls linearly (DAPO); 0 punishes none."""
+    overlong_penalty: float = 1.0
+    """Reward that a response of rollout.max_response_tokens loses, where overlong_buffer_tokens is above 0."""
+    mask_truncated: bool = False
+    """Leave responses that the token limit cut off out of the update (they stay in their group's advantages)."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +310,11 @@ class Config:
     def mini_batches_per_step(self) -> int:
         """Optimizer updates in one step."""
         return self.algorithm.epochs_per_step * self.algorithm.prompts_per_step // self.algorithm.prompts_per_mini_batch
+
+    @property
+    def loss_constant_tokens(self) -> int:
+        """Tokens that algorithm.loss_aggregation=sequence_sum_constant divides a sequence's sum by."""
+        return self.algorithm.loss_constant_tokens or self.rollout.max_response_tokens
 
     @property
     def samples_per_rank_and_mini_batch(self) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from qerl_rl.algorithms.sequences import AGGREGATIONS, TOKEN_MEAN
 from qerl_rl.config.schema import Config
 from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.platform import detect, prepare_megatron
@@ -127,8 +128,8 @@ class TrainEngine:
     ) -> dict[str, float]:
         """One optimizer update on the samples of all data-parallel ranks.
 
-        The loss of each token counts alike (token_mean), or that of each sample (sequence_mean), whatever the layout
-        and the micro-batches.
+        The loss of each token counts alike (token_mean), that of each sample (sequence_mean), or a sample's is the sum
+        over its tokens / config.loss_constant_tokens (sequence_sum_constant), whatever the layout and micro-batches.
 
         Args: loss_function(log_probs [T], entropy [T], columns {name: [T]}, token_weights [T]) -> (loss, metrics): the
             sum over the T tokens of weight * loss with its gradients, and sums over the tokens by name.
@@ -137,14 +138,14 @@ class TrainEngine:
         Raises: ValueError when no rank has a response token; FloatingPointError when the gradient norm is not finite.
         """
         self._require_state("update")
-        if aggregation not in ("token_mean", "sequence_mean"):
-            raise ValueError(f"aggregation {aggregation!r} is neither token_mean nor sequence_mean")
-        by_sequence = aggregation == "sequence_mean"
+        if aggregation not in AGGREGATIONS:
+            raise ValueError(f"aggregation {aggregation!r} is neither {' nor '.join(AGGREGATIONS)}")
         packs = self._packs(samples)
         learning_rate = self._learning_rate()
         self._state.set_learning_rate(learning_rate)
         self._state.zero_gradients()
-        sums = self._passes.accumulate_gradients(packs, loss_function, by_sequence=by_sequence)
+        constant = self.config.loss_constant_tokens
+        sums = self._passes.accumulate_gradients(packs, loss_function, aggregation=aggregation, constant=constant)
         counts = {"#tokens": float(samples.response_tokens), "#samples": float(len(samples))}
         totals = sum_over_ranks({**sums, **counts} if self.is_output_rank else {}, self.device)
         tokens, sequences = totals.pop("#tokens"), totals.pop("#samples")
@@ -155,7 +156,7 @@ class TrainEngine:
             raise FloatingPointError(f"the gradient norm of update {self.updates + 1} is {grad_norm}")
         self.updates += 1
         metrics = {name: value / tokens for name, value in totals.items() if name != "loss"}
-        loss = totals["loss"] / (sequences if by_sequence else tokens)
+        loss = totals["loss"] / (tokens if aggregation == TOKEN_MEAN else sequences)
         return {**metrics, "loss": loss, "grad_norm": float(grad_norm), "learning_rate": learning_rate}
 
     def _packs(self, samples: Samples) -> list[Pack]:

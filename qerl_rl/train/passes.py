@@ -11,6 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
+from qerl_rl.algorithms.sequences import sequence_ids, token_weights
 from qerl_rl.train.packing import Pack
 from qerl_rl.train.scores import vocab_parallel_scores
 
@@ -65,26 +66,25 @@ class Passes:
             return self._run(packs, collect, forward_only=True)
 
     def accumulate_gradients(
-        self, packs: Sequence[Pack], loss_function: LossFunction, *, by_sequence: bool
+        self, packs: Sequence[Pack], loss_function: LossFunction, *, aggregation: str, constant: int
     ) -> dict[str, float]:
-        """Add the gradients of all packs of all ranks to the gradient buffers, divided by the global number of response
-        tokens, or of sequences when `by_sequence`.
+        """Add the gradients of all packs of all ranks to the gradient buffers, weighted and divided by what
+        `qerl_rl.algorithms.sequences.token_weights` gives for the aggregation and its constant.
 
+        The loss function finds, beside the samples' columns, `sequence_ids`: the sample of each token, int64 [T].
         Returns: sums over this rank's response tokens: `loss` and what the loss function names.
         """
 
         def weigh(pack: Pack, log_probs: torch.Tensor, entropy: torch.Tensor) -> tuple:
+            weights, count = token_weights(pack.response_lengths, aggregation, constant)
+            normalizer = torch.tensor(count, dtype=torch.int)
             if not len(pack.targets):
                 # A loss function may divide by its tokens; the collectives of backward need a graph all the same.
-                return log_probs.sum(), torch.tensor(len(pack.indices) * by_sequence, dtype=torch.int), {}
-            weights = torch.ones_like(log_probs)
-            normalizer = pack.response_lengths.sum()
-            if by_sequence:
-                weights = (1.0 / pack.response_lengths).repeat_interleave(pack.response_lengths)
-                normalizer = torch.tensor(len(pack.indices))
-            loss, metrics = loss_function(log_probs, entropy, pack.columns, weights)
+                return log_probs.sum(), normalizer, {}
+            columns = {**pack.columns, "sequence_ids": sequence_ids(pack.response_lengths)}
+            loss, metrics = loss_function(log_probs, entropy, columns, weights)
             sums = {name: float(value) for name, value in {"loss": loss.detach(), **metrics}.items()}
-            return loss, normalizer.int(), sums
+            return loss, normalizer, sums
 
         totals: dict[str, float] = {}
         for sums in self._run(packs, weigh, forward_only=False):

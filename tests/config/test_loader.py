@@ -126,3 +126,6 @@ def test_derived_sizes_follow_the_keys(tmp_path):
     assert loaded.config.samples_per_step == 128
     assert loaded.config.mini_batches_per_step == 4
     assert loaded.config.samples_per_rank_and_mini_batch == 32
+    assert loaded.config.loss_constant_tokens == loaded.config.rollout.max_response_tokens
+    named = load_config(write(tmp_path, VALID), ["algorithm.loss_constant_tokens=7"])
+    assert named.config.loss_constant_tokens == 7

@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from qerl_rl.algorithms.choices import LOSSES
+from qerl_rl.algorithms.grpo import grpo_loss
+from qerl_rl.algorithms.sequences import AGGREGATIONS
+from qerl_rl.config.schema import AlgorithmConfig
 from qerl_rl.train.samples import Samples
 from tests.train.models import dequantize_folder, make_config, make_samples, policy_gradient, share, start_engine
 
@@ -43,21 +47,40 @@ def test_scores_equal_those_of_transformers_however_packed(one_rank, checkpoints
         np.testing.assert_allclose(all_together[name], one_by_one[name], atol=1e-5)
 
 
-def updates_by_micro_batch(paths: dict[str, str], aggregation: str) -> list[list[dict[str, float]]]:
+def updates_by_micro_batch(paths: dict[str, str]) -> list[dict[tuple[str, str], dict[str, float]]]:
+    """Two updates of every loss and aggregation, one after the other, in micro-batches of three sizes."""
     samples = make_samples(8)
+    noise = np.random.default_rng(5)
+    scores = start_engine(make_config(paths)).log_probs(samples).log_probs
+    samples.columns["old_log_probs"] = [row + noise.normal(0, 0.2, len(row)).astype(np.float32) for row in scores]
+    samples.columns["reference_log_probs"] = scores
     found = []
     for tokens in (1, 60, 100_000):
         engine = start_engine(make_config(paths, micro_batch_tokens=tokens))
-        found.append([engine.update(samples, policy_gradient, aggregation=aggregation) for _ in range(3)])
+        updates = {}
+        for aggregation in AGGREGATIONS:
+            for loss in LOSSES:
+                config = AlgorithmConfig(loss=loss, kl_coefficient=0.1, entropy_coefficient=0.01, dual_clip=1.3)
+                first, second = (engine.update(samples, grpo_loss(config), aggregation=aggregation) for _ in range(2))
+                updates[loss, aggregation] = {**first, "loss after": second["loss"], "norm after": second["grad_norm"]}
+        found.append(updates)
     return found
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_eight_micro_batches_of_one_equal_one_of_eight(one_rank, checkpoints, aggregation):
-    eight, some, one = one_rank(updates_by_micro_batch, checkpoints, aggregation)[0]
-    for update, expected, other in zip(eight, one, some, strict=True):
-        assert update == pytest.approx(expected, rel=1e-5)
-        assert other == pytest.approx(expected, rel=1e-5)
+@pytest.fixture(scope="module")
+def by_micro_batch(one_rank, checkpoints) -> list[dict[tuple[str, str], dict[str, float]]]:
+    return one_rank(updates_by_micro_batch, checkpoints)[0]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_eight_micro_batches_of_one_equal_one_of_eight(by_micro_batch, loss, aggregation):
+    eight, some, one = (updates[loss, aggregation] for updates in by_micro_batch)
+    assert one["grad_norm"] > 1e-3
+    assert 0 < one["clip_fraction"] < 1
+    # Every update adds rounding of its own to the weights that the next ones see.
+    assert eight == pytest.approx(one, rel=1e-4)
+    assert some == pytest.approx(one, rel=1e-4)
 
 
 def train_alone(paths: dict[str, str]) -> dict:
@@ -68,7 +91,9 @@ def train_alone(paths: dict[str, str]) -> dict:
     found["token_mean"] = engine.update(samples, policy_gradient, aggregation="token_mean")
     found["second"] = engine.log_probs(samples)
     found["sequence_mean"] = engine.update(samples, policy_gradient, aggregation="sequence_mean")
-    found["rates"] = [engine.update(samples, policy_gradient)["learning_rate"] for _ in range(4)]
+    found["third"] = engine.log_probs(samples)
+    found["sequence_sum_constant"] = engine.update(samples, policy_gradient, aggregation="sequence_sum_constant")
+    found["rates"] = [engine.update(samples, policy_gradient)["learning_rate"] for _ in range(3)]
     found["trained"] = engine.log_probs(samples)
     found["reference"] = engine.log_probs(samples, adapters=False)
     found["errors"] = [
@@ -93,13 +118,21 @@ def alone(one_rank, checkpoints) -> dict:
     return one_rank(train_alone, checkpoints)[0]
 
 
-@pytest.mark.parametrize(("aggregation", "before"), [("token_mean", "base"), ("sequence_mean", "second")])
+@pytest.mark.parametrize(
+    ("aggregation", "before"),
+    [("token_mean", "base"), ("sequence_mean", "second"), ("sequence_sum_constant", "third")],
+)
 def test_the_loss_is_the_mean_of_its_aggregation(alone, aggregation, before):
     scores = alone[before]
     advantages = make_samples(9).columns["advantages"]
     losses = [-p * a - 0.1 * e for p, e, a in zip(scores.log_probs, scores.entropy, advantages, strict=True)]
-    mean = np.concatenate(losses).mean() if aggregation == "token_mean" else np.mean([loss.mean() for loss in losses])
-    assert alone[aggregation]["loss"] == pytest.approx(mean, rel=1e-5)
+    means = {
+        "token_mean": np.concatenate(losses).mean(),
+        "sequence_mean": np.mean([loss.mean() for loss in losses]),
+        # A response has 128 tokens at most by default, and the key that would say otherwise is not set.
+        "sequence_sum_constant": np.mean([loss.sum() / 128 for loss in losses]),
+    }
+    assert alone[aggregation]["loss"] == pytest.approx(means[aggregation], rel=1e-5)
     assert alone[aggregation]["log_prob"] == pytest.approx(np.concatenate(scores.log_probs).mean(), rel=1e-5)
     assert alone[aggregation]["entropy"] == pytest.approx(np.concatenate(scores.entropy).mean(), rel=1e-5)
 
@@ -112,7 +145,7 @@ def test_the_reference_is_the_base_bit_for_bit_after_training(alone):
 
 
 def test_the_learning_rate_rises_over_the_warmup_updates(alone):
-    rates = [alone["token_mean"]["learning_rate"], alone["sequence_mean"]["learning_rate"], *alone["rates"]]
+    rates = [*(alone[kind]["learning_rate"] for kind in AGGREGATIONS), *alone["rates"]]
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
 

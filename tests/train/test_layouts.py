@@ -28,14 +28,14 @@ KINDS = {"adapters": {"quant": "w8a8"}, "everything": {"quant": "none", "rank": 
 
 
 def train(paths: dict[str, str], cases: dict[str, dict], kind: dict) -> dict[str, dict]:
-    """Three updates in each case, of both aggregations; what came out, by case."""
+    """Three updates in each case, one of each aggregation; what came out, by case."""
     found = {}
     for name, settings in cases.items():
         engine = start_engine(make_config(paths, workers=2, **kind, **settings))
         own = share(make_samples(), engine.data_parallel_rank, engine.data_parallel_size)
         updates = [
             engine.update(own, policy_gradient, aggregation=aggregation)
-            for aggregation in ("token_mean", "sequence_mean", "token_mean")
+            for aggregation in ("token_mean", "sequence_mean", "sequence_sum_constant")
         ]
         scores = engine.log_probs(own)
         reference = engine.log_probs(own, adapters=not engine.has_adapters)

@@ -31,6 +31,23 @@ LAYOUTS = {
         "rollout.data_parallel=1",
     ],
 }
+# What the second layout learns with instead of the launch file's GRPO.
+ALGORITHMS = {
+    "train-ep2-rollout-dp2ep2": [],
+    "train-tp2ep2-rollout-tp2": [
+        "algorithm.advantage=reinforce_plus_plus",
+        "algorithm.loss=gspo",
+        "algorithm.loss_aggregation=sequence_sum_constant",
+        "algorithm.kl_in=reward",
+        "algorithm.kl_estimator=k2",
+        "algorithm.kl_coefficient=0.1",
+        "algorithm.kl_target=0.5",
+        "algorithm.kl_horizon=64",
+        "algorithm.overlong_buffer_tokens=4",
+        "algorithm.sampling_rounds=2",
+        "reward.function=tests.trainer.reward_functions.many_digits",
+    ],
+}
 
 
 def command(model, folder, *overrides):
@@ -75,7 +92,7 @@ def assert_nothing_is_left(folder):
 def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layout):
     model = tiny_w8a8("qwen3_moe")
     run = subprocess.run(
-        command(model, tmp_path, *LAYOUTS[layout]),
+        command(model, tmp_path, *LAYOUTS[layout], *ALGORITHMS[layout]),
         cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=420, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
@@ -95,6 +112,14 @@ def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layo
         assert (tmp_path / name).exists(), name
     assert list((tmp_path / "tensorboard").glob("events.*"))
     assert "reward" in run.stdout
+    if "algorithm.kl_in=reward" in ALGORITHMS[layout]:
+        # No KL yet: the controller lets go by 20 % x 32 samples / 64. Nearly all responses reach their limit.
+        assert [step["kl/coefficient"] for step in steps] == pytest.approx([0.1, 0.09])
+        assert steps[1]["reward/overlong_mean"] < -0.5
+        assert steps[1]["reward/kl_mean"] != 0
+        # Some groups earn the same throughout; new prompts take their place once.
+        assert all(8 < step["sampling/groups"] <= 16 for step in steps)
+        assert all(step["reward/mean"] >= step["sampling/reward_mean"] for step in steps)
     assert_ledger(tmp_path)
     assert_export_loads(tmp_path)
     assert_nothing_is_left(tmp_path)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.shares import even_rows, group_rows, mini_batch_rows
+from trainer.shares import even_rows, group_rows, kept_rows, mini_batch_rows
 from transfer_dock import SampleKey
 
 
@@ -44,3 +44,9 @@ def test_each_epoch_uses_every_sample_once_in_whole_groups(per_mini_batch, mini_
         for rows in part:
             assert len({keys[row].group for row in rows}) == per_mini_batch
             assert len(rows) == per_mini_batch * size
+
+
+def test_updates_lose_the_rows_that_are_not_kept_and_vanish_without_any():
+    updates = [[4, 0, 1], [2, 3], [5, 2]]
+    assert kept_rows(updates, [True, False, False, False, True, True]) == [[4, 0], [5]]
+    assert kept_rows(updates, [False] * 6) == []

@@ -50,6 +50,17 @@ def test_a_valid_file_passes_the_dry_run(launch_file, capsys):
         ("rollout.tensor_parallel=3", "rollout.tensor_parallel=3", "divisor of 2"),
         ("data.train_path=/no/such.jsonl", "/no/such.jsonl", "data.train_path"),
         ("reward.function=mth", "mth", "math"),
+        ("algorithm.advantage=reinforce_plusplus", "algorithm.advantage=reinforce_plusplus", "to reinforce_plus_plus,"),
+        ("algorithm.loss=gpso", "algorithm.loss=gpso is unknown", "set algorithm.loss to gspo"),
+        ("algorithm.loss=no_module.loss", "there is no module no_module", "PYTHONPATH"),
+        ("algorithm.loss=qerl_rl.algorithms.losses.clipped_los", "has no function clipped_los", "clipped_value_loss"),
+        ("algorithm.advantage=qerl_rl.config.loader.to_yaml", "called with (outcome, config)", "let it take these"),
+        ("algorithm.kl_estimator=full", "the sampled tokens only", "set algorithm.kl_estimator to k3"),
+        ("algorithm.kl_in=rewards", "algorithm.kl_in=rewards", "loss or reward"),
+        ("algorithm.kl_target=0.1", "algorithm.kl_target=0.1", "set algorithm.kl_coefficient above 0"),
+        ("algorithm.dual_clip=1.1", "algorithm.dual_clip=1.1", "set algorithm.dual_clip to"),
+        ("algorithm.overlong_buffer_tokens=17", "rollout.max_response_tokens=16", "to 16 or less"),
+        ("algorithm.loss_aggregation=mean", "algorithm.loss_aggregation=mean", "sequence_sum_constant"),
     ],
 )
 def test_wrong_keys_are_answered_with_the_fix(launch_file, capsys, override, problem, fix):
