@@ -7,6 +7,7 @@ import torch
 
 from qerl_rl.algorithms.advantages import group_advantages
 from trainer.columns import create_dock
+from trainer.evaluation import evaluate, prefixed
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder
 from trainer.shares import even_rows, group_rows, mini_batch_rows, update_shares
@@ -42,7 +43,7 @@ class GrpoTrainer:
             scoring = self.workers.call_reward("score", self.dock, samples)
             rollout = self._generate(step)
         with phase("reward"):
-            scores = scoring.wait(timeout_s=self.config.fault.rollout_timeout_s)[0]
+            scores = prefixed("reward", scoring.wait(timeout_s=self.config.fault.rollout_timeout_s)[0])
             rewards = self._advantages(step)
         evaluation = self._evaluate(step)
         with phase("swap"):
@@ -52,7 +53,7 @@ class GrpoTrainer:
         with phase("update"):
             update = self._update(step)
         self.dock.close_step(step)
-        return {**rollout, "reward/failures": scores["failures"], **rewards, **evaluation, **policy, **update}
+        return {**rollout, **scores, **rewards, **evaluation, **policy, **update}
 
     def _put_prompts(self, step: int) -> None:
         """One row a sample: the prompt is repeated for each of its group."""
@@ -106,25 +107,11 @@ class GrpoTrainer:
         }
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Greedy answers to the held-out prompts, with the policy that rolled this step out."""
+        """Answers to the held-out prompts, by the policy that rolled this step out."""
         if not self.plan.eval_prompts or step % self.config.eval.every:
             return {}
-        prompts = self.plan.eval_prompts
         with self.recorder.phase("eval"):
-            ranks = self.config.rollout.data_parallel
-            rows = even_rows(len(prompts), ranks)
-            shares = [([prompts[row].tokens for row in part],) for part in rows]
-            pending = self.workers.call_each("evaluate", self.workers.by_data_rank("rollout", shares))
-            results = pending.wait(timeout_s=self.config.fault.rollout_timeout_s)
-            answers = [result for result in results if result is not None]
-            problems = [
-                (prompts[row].text, answer.tolist(), prompts[row].answer)
-                for part, own in zip(rows, answers, strict=True)
-                for row, answer in zip(part, own, strict=True)
-            ]
-            scores = self.workers.call_reward("score_texts", problems)
-            rewards = scores.wait(timeout_s=self.config.fault.rollout_timeout_s)[0]
-        return {"eval/reward_mean": float(np.mean(rewards))}
+            return evaluate(self.plan.eval_prompts, self.config, self.workers)
 
     def _log_probs(self, step: int) -> dict[str, float]:
         batch = self.dock.get("log_probs", self.config.samples_per_step, whole_groups=True, step=step)

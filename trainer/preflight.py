@@ -14,7 +14,7 @@ from qerl_rl.config.schema import Config
 from qerl_rl.data.prompts import Prompt, PromptSource, held_out, load_prompts
 from qerl_rl.model.architecture import MoeArchitecture, check_layout
 from qerl_rl.quant.checkpoint import CheckpointReader
-from qerl_rl.rewards import load_reward
+from qerl_rl.rewards import load_rewards
 from qerl_rl.rollout.limits import check_expert_sizes
 
 
@@ -45,7 +45,7 @@ def preflight(loaded: LoadedConfig) -> Plan:
     architecture = MoeArchitecture.from_folder(config.model.path)
     _check_format(loaded)
     _check_model_layouts(loaded, architecture)
-    load_reward(config.reward.function)
+    load_rewards(config.reward)
     tokenizer = _load_tokenizer(config.model.path)
     train, evaluation = _load_data(loaded, tokenizer)
     return Plan(config, architecture, tokenizer, train, evaluation)

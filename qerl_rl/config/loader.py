@@ -118,12 +118,14 @@ def _value(hint: Any, value: Any, name: str, locate: KeyLocations) -> Any:
         return _build(hint, value, f"{name}.", locate)
     if hint is str and value is None:
         return ""
-    if hint == dict[str, str]:
+    if hint in (dict[str, str], dict[str, float]):
         if not isinstance(value, dict):
             raise ConfigError(
                 f"{name}={value!r} is not a mapping.", fix=f"write KEY: value lines below {name}:", where=locate(name)
             )
-        return {str(key): str(item) for key, item in value.items()}
+        if hint == dict[str, str]:
+            return {str(key): str(item) for key, item in value.items()}
+        return {str(key): _value(float, item, f"{name}.{key}", locate) for key, item in value.items()}
     if hint is float and type(value) is int:
         return float(value)
     # OmegaConf's own nodes convert and check plain values ("1e-3" is a float, "yes" is no bool).

@@ -90,7 +90,7 @@ def test_a_dotted_path_loads_a_function_of_the_user():
     ("name", "problem", "fix"),
     [
         ("exat", "not a known reward", "set it to exact"),
-        ("frobnicate", "not a known reward", "exact or math"),
+        ("frobnicate", "not a known reward", "one of exact, math, boxed_math"),
         ("own_rewards.lenght", "no function 'lenght'", "name length instead"),
         ("own_rewards.json", "no function 'json'", "brief, length"),
         ("own_rewards.brief", "can't be called with (prompt, response, answer)", "these three strings"),

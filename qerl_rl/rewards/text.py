@@ -1,0 +1,48 @@
+"""Finding answers in text, without judging them."""
+
+from __future__ import annotations
+
+import re
+
+_MARK = "####"
+_BOX_OR_BRACE = re.compile(r"\\boxed\{|[{}]")
+_ANSWER_LINE = re.compile(r"\banswer[ \t]*:[ \t]*([^\n]*)", re.IGNORECASE)
+
+
+def boxes(text: str) -> list[str]:
+    """Contents of the complete \\boxed{...} of `text`, in the order of their beginnings."""
+    found: list[tuple[int, str]] = []
+    opened: list[int | None] = []
+    for token in _BOX_OR_BRACE.finditer(text):
+        if token[0] != "}":
+            opened.append(None if token[0] == "{" else token.end())
+        elif opened and (content := opened.pop()) is not None:
+            found.append((content, text[content : token.start()]))
+    return [content for _, content in sorted(found)]
+
+
+def last_box(text: str) -> str | None:
+    """Content of the last complete \\boxed{...}, stripped; None without one."""
+    found = boxes(text)
+    return found[-1].strip() if found else None
+
+
+def marked_answer(text: str) -> str | None:
+    """What the text marks as its answer: its last \\boxed{...}, else what follows its last `####`; stripped."""
+    boxed = last_box(text)
+    if boxed is not None:
+        return boxed
+    _, mark, after = text.rpartition(_MARK)
+    return after.strip() if mark else None
+
+
+def final_answer(text: str) -> str:
+    """The last \\boxed{...} content of `text`, else what follows its last `####`, else all of it; stripped."""
+    marked = marked_answer(text)
+    return text.strip() if marked is None else marked
+
+
+def answer_line(text: str) -> str | None:
+    """What follows the last `Answer:` on its line, stripped; None without one."""
+    found = _ANSWER_LINE.findall(text)
+    return found[-1].strip() if found else None
