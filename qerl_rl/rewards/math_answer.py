@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from math_verify import parse, verify
 
@@ -12,6 +13,9 @@ from qerl_rl.rewards.text import answer_line, final_answer, last_box, marked_ans
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _THOUGHT_THEN_BOXED_ANSWER = ("<think>", "</think>", "<answer>", "\\boxed{", "</answer>")
+_VARIABLE = re.compile(r"[A-Za-z]\s*[-+*^=]|[-+*^=]\s*[A-Za-z]|\d[A-Za-z]|[A-Za-z]/\d")
+"""2x or x + 1, of which math-verify would find the number alone outside of LaTeX's delimiters."""
+_WORD = re.compile(r"[A-Za-z]{2}")
 _DAPO_TAIL = 300
 _RETOOL_TAIL = 100
 
@@ -91,5 +95,6 @@ def _in_order(text: str, parts: tuple[str, ...]) -> bool:
 
 def _values(text: str) -> list:
     # LaTeX is only recognised inside its delimiters, which boxed content and gold answers come without.
-    marked = f"${text}$" if "\\" in text and "$" not in text and "\\(" not in text and "\\[" not in text else text
-    return parse(marked, parsing_timeout=None)
+    delimited = any(mark in text for mark in ("$", "\\(", "\\["))
+    formula = "\\" in text or (_VARIABLE.search(text) and not _WORD.search(text))
+    return parse(f"${text}$" if formula and not delimited else text, parsing_timeout=None)
