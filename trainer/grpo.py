@@ -53,7 +53,8 @@ class GrpoTrainer:
         with phase("update"):
             update = self._update(step)
         self.dock.close_step(step)
-        return {**rollout, **scores, **rewards, **evaluation, **policy, **update}
+        data = {"data/epochs": self.plan.prompts.epochs}
+        return {**data, **rollout, **scores, **rewards, **evaluation, **policy, **update}
 
     def _put_prompts(self, step: int) -> None:
         """One row a sample: the prompt is repeated for each of its group."""
