@@ -74,13 +74,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
             raise ConfigError(f"'{override}' is not an override.", fix="write section.key=value", where="command line")
-    from_line = OmegaConf.from_dotlist(list(overrides))
+    from_line = _from_command_line(overrides)
     try:
         values = OmegaConf.to_container(OmegaConf.merge(from_file, from_line), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{_one_line(error)}.", fix="correct the interpolation", where=str(path)) from None
     config = _build(Config, cast("dict[str, Any]", values), "", locate)
     return LoadedConfig(config, locate)
+
+
+def _from_command_line(overrides: Sequence[str]) -> DictConfig:
+    merged = OmegaConf.create()
+    for override in overrides:
+        try:
+            merged.merge_with_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            key = override.partition("=")[0]
+            raise ConfigError(
+                f"the value of {key} is not readable YAML: {_one_line(error)}.",
+                fix=f"put quotes around text with braces or colons: \"{key}='...'\"",
+                where="command line",
+            ) from None
+    return merged
 
 
 def to_yaml(config: Config) -> str:
