@@ -93,7 +93,7 @@ def load_prompts(
         entries = line_entries(path, key=key)
     records = to_records(entries, data)
     if not records:
-        raise ConfigError(f"{path} has no lines.", fix=f"set {key} to a file with one JSON object a line", where=path)
+        raise ConfigError(f"{path} has no lines.", fix=f"set {key} to data with at least one line or row", where=path)
     texts = [record.prompt + data.instruction for record in records]
     token_lists = _tokenize(texts, data, tokenizer)
     kept = [row for row, tokens in enumerate(token_lists) if len(tokens) <= (data.max_prompt_tokens or len(tokens))]

@@ -35,7 +35,7 @@ def strict_format(prompt: str, response: str, answer: str) -> float:
     if not (once and framed and positions == sorted(positions)):
         return -0.5
     inside = response[positions[2] + len(_TAGS[2]) : positions[3]]
-    return 1.0 if response.count("\\boxed{") == len(boxes(inside)) == 1 else -0.5
+    return 1.0 if response.count("\\boxed{") == 1 and len(boxes(inside)) == 1 else -0.5
 
 
 def step(prompt: str, response: str, answer: str) -> float:

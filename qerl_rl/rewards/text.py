@@ -11,20 +11,25 @@ _ANSWER_LINE = re.compile(r"\banswer[ \t]*:[ \t]*([^\n]*)", re.IGNORECASE)
 
 def boxes(text: str) -> list[str]:
     """Contents of the complete \\boxed{...} of `text`, in the order of their beginnings."""
-    found: list[tuple[int, str]] = []
+    return [text[begin:end] for begin, end in sorted(_box_spans(text))]
+
+
+def last_box(text: str) -> str | None:
+    """Content of the complete \\boxed{...} that begins last, stripped; None without one."""
+    begin, end = max(_box_spans(text), default=(-1, -1))
+    return text[begin:end].strip() if begin >= 0 else None
+
+
+def _box_spans(text: str) -> list[tuple[int, int]]:
+    # Places and not texts: boxes within boxes would take memory with the square of the text's length.
+    found: list[tuple[int, int]] = []
     opened: list[int | None] = []
     for token in _BOX_OR_BRACE.finditer(text):
         if token[0] != "}":
             opened.append(None if token[0] == "{" else token.end())
-        elif opened and (content := opened.pop()) is not None:
-            found.append((content, text[content : token.start()]))
-    return [content for _, content in sorted(found)]
-
-
-def last_box(text: str) -> str | None:
-    """Content of the last complete \\boxed{...}, stripped; None without one."""
-    found = boxes(text)
-    return found[-1].strip() if found else None
+        elif opened and (begin := opened.pop()) is not None:
+            found.append((begin, token.start()))
+    return found
 
 
 def marked_answer(text: str) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qerl_rl.rewards.load import MINDSPEED, NEVER_JUDGE
 from qerl_rl.rewards.scorer import RewardScorer
-from qerl_rl.rewards.text import answer_line, final_answer, last_box
+from qerl_rl.rewards.text import answer_line, final_answer, last_box, marked_answer
 
 SAME_VALUE = "qerl_rl.rewards.math_answer.same_answer"
 """Compares two answers as math does; runs where rewards run, since it can hang as they can."""
@@ -23,19 +23,27 @@ class Comparison:
     """Equal values are the same answer (SAME_VALUE), not only equal texts."""
 
 
+def _marked(content: str | None) -> str | None:
+    # Of what else the response says nothing is kept, so that equal answers become equal texts.
+    return None if content is None else f"#### {content}"
+
+
+def _math(response: str) -> str:
+    return _marked(marked_answer(response)) or response.strip()
+
+
 def _boxed(response: str) -> str | None:
-    content = last_box(response)
-    return None if content is None else f"\\boxed{{{content}}}"
+    return _marked(last_box(response))
 
 
 def _answer_line(response: str) -> str | None:
     stated = answer_line(response)
-    return None if stated is None else f"\\boxed{{{final_answer(stated)}}}"
+    return None if stated is None else _marked(final_answer(stated))
 
 
 _COMPARISONS = {
     "exact": Comparison(str.strip, by_value=False),
-    "math": Comparison(str.strip, by_value=True),
+    "math": Comparison(_math, by_value=True),
     "boxed_math": Comparison(_boxed, by_value=True),
     "structured_math": Comparison(_boxed, by_value=True),
     "graded_math": Comparison(_boxed, by_value=True),

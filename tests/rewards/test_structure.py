@@ -1,4 +1,5 @@
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -76,6 +77,19 @@ def test_length_is_a_share_of_the_key_and_at_most_one():
 def test_boxes_are_matched_by_their_braces(text, found):
     assert boxes(text) == found
     assert last_box(text) == (found[-1] if found else None)
+
+
+def test_boxes_in_boxes_take_no_more_memory_than_the_text():
+    text = "\\boxed{" * 20000 + "4" + "}" * 20000
+    tracemalloc.start()
+    try:
+        assert last_box(text) == "4"
+        assert strict_format("p", f"<think></think><answer>{text}</answer>", "4") == -0.5
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # The texts of all boxes together would be 20000 * 80000 characters.
+    assert peak < 50e6
 
 
 def test_marks_of_answers():

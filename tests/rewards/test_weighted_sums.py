@@ -33,13 +33,13 @@ GREEDY = textwrap.dedent(
         if response == "huge":
             return 1e300
         if response == "leak":
-            kept.append(bytearray(100 << 20))
+            kept.append(bytearray(50 << 20))
         return 1.0
     """
 )
-MEMORY = 256 << 20
+MEMORY = 128 << 20
 FAULTS = {
-    "hang": "longer than 4 s",
+    "hang": "longer than 6 s",
     "raise": "ValueError: no such answer",
     "one block": f"more than {MEMORY} bytes",
     "piece by piece": f"more than {MEMORY} bytes",
@@ -72,7 +72,7 @@ def test_a_fault_costs_its_function_its_sample_and_nothing_else(greedy):
     responses = ["fine"]
     for fault in FAULTS:
         responses += [fault, "fine"]
-    reward = RewardConfig(functions={greedy: 2.0, "exact": 10.0}, timeout_s=4.0, memory_bytes=MEMORY)
+    reward = RewardConfig(functions={greedy: 2.0, "exact": 10.0}, timeout_s=6.0, memory_bytes=MEMORY)
     with RewardScorer(reward) as scorer:
         # The other function gives each sample its 10, also those that the first fails on.
         scores = scorer.score([("p", response, response) for response in responses])
@@ -88,7 +88,7 @@ def test_a_fault_costs_its_function_its_sample_and_nothing_else(greedy):
 def test_memory_that_earlier_samples_left_behind_costs_no_sample(greedy):
     with RewardScorer(RewardConfig(function=greedy, memory_bytes=MEMORY)) as scorer:
         scores = scorer.score([("p", "leak", "a")] * 7)
-    # Two leaks of 100 MiB fit into 256 MiB, so that without a fresh process every third sample would fail.
+    # Two leaks of 50 MiB fit into 128 MiB, so that without a fresh process every third sample would fail.
     assert scores.values.tolist() == [1.0] * 7
     assert not scores.failures
 
