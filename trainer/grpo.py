@@ -10,6 +10,7 @@ from qerl_rl.algorithms.dapo import kept_samples
 from qerl_rl.algorithms.kl import next_kl_coefficient
 from qerl_rl.algorithms.sequences import sequence_ids, sequence_means
 from trainer.columns import create_dock
+from trainer.evaluation import evaluate, prefixed
 from trainer.outcome import step_outcome
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder
@@ -55,12 +56,13 @@ class GrpoTrainer:
         with phase("update"):
             update = self._update(step)
         self.dock.close_step(step)
-        return {**rollout, **rewards, **evaluation, **policy, **update}
+        data = {"data/epochs": self.plan.prompts.epochs}
+        return {**data, **rollout, **rewards, **evaluation, **policy, **update}
 
     def _roll_out(self, step: int) -> tuple[dict[str, float], Selection]:
         """Sample and score, again for groups without signal as long as algorithm.sampling_rounds allows."""
         algorithm, selection = self.config.algorithm, Selection(self.config.algorithm.prompts_per_step)
-        sums = {"rollout/tokens": 0.0, "reward/failures": 0.0}
+        tokens, rounds = 0.0, []
         for _ in range(algorithm.sampling_rounds):
             groups = selection.missing
             if not groups:
@@ -68,17 +70,17 @@ class GrpoTrainer:
             self._put_prompts(step, selection.sampled, groups)
             with self.recorder.phase("rollout"):
                 scoring = self.workers.call_reward("score", self.dock, groups * algorithm.samples_per_prompt)
-                sums["rollout/tokens"] += self._generate(step, groups * algorithm.samples_per_prompt)
+                tokens += self._generate(step, groups * algorithm.samples_per_prompt)
             with self.recorder.phase("reward"):
                 scores = scoring.wait(timeout_s=self.config.fault.rollout_timeout_s)[0]
-                sums["reward/failures"] += scores["failures"]
+                rounds.append((groups, scores))
                 if algorithm.sampling_rounds == 1:
                     selection.add_all(groups)
                 else:
                     batch = self.dock.get("selection", groups * algorithm.samples_per_prompt, step=step)
                     selection.add(batch.keys, np.array(batch.columns["rewards"]))
                     self.dock.ack(batch)
-        return sums | selection.metrics(), selection
+        return {"rollout/tokens": tokens, **reward_metrics(rounds), **selection.metrics()}, selection
 
     def _put_prompts(self, step: int, first_group: int, groups: int) -> None:
         """One row a sample: the prompt is repeated for each of its group."""
@@ -122,25 +124,11 @@ class GrpoTrainer:
         return metrics
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Greedy answers to the held-out prompts, with the policy that rolled this step out."""
+        """Answers to the held-out prompts, by the policy that rolled this step out."""
         if not self.plan.eval_prompts or step % self.config.eval.every:
             return {}
-        prompts = self.plan.eval_prompts
         with self.recorder.phase("eval"):
-            ranks = self.config.rollout.data_parallel
-            rows = even_rows(len(prompts), ranks)
-            shares = [([prompts[row].tokens for row in part],) for part in rows]
-            pending = self.workers.call_each("evaluate", self.workers.by_data_rank("rollout", shares))
-            results = pending.wait(timeout_s=self.config.fault.rollout_timeout_s)
-            answers = [result for result in results if result is not None]
-            problems = [
-                (prompts[row].text, answer.tolist(), prompts[row].answer)
-                for part, own in zip(rows, answers, strict=True)
-                for row, answer in zip(part, own, strict=True)
-            ]
-            scores = self.workers.call_reward("score_texts", problems)
-            rewards = scores.wait(timeout_s=self.config.fault.rollout_timeout_s)[0]
-        return {"eval/reward_mean": float(np.mean(rewards))}
+            return evaluate(self.plan.eval_prompts, self.config, self.workers)
 
     def _log_probs(self, step: int, selection: Selection) -> dict[str, float]:
         """Of the selected samples; the stages after this one never see the others, which lack these columns."""
@@ -198,6 +186,14 @@ class GrpoTrainer:
             with self.recorder.phase("export"):
                 pending = self.workers.call("export", str(self.recorder.export.resolve()))
                 pending.wait(timeout_s=self.config.fault.train_timeout_s)
+
+
+def reward_metrics(rounds: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Of the groups and scores of each sampling round: all failures, and the means over all samples."""
+    groups = sum(count for count, _ in rounds)
+    names = [name for name in rounds[0][1] if name != "failures"]
+    means = {name: sum(count * scores[name] for count, scores in rounds) / groups for name in names}
+    return prefixed("reward", {"failures": sum(scores["failures"] for _, scores in rounds), **means})
 
 
 def token_weighted(parts: list[dict[str, float]]) -> dict[str, float]:

@@ -13,10 +13,11 @@ from qerl_rl.config.checks import check_config
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.loader import LoadedConfig, to_yaml
 from qerl_rl.config.schema import Config
-from qerl_rl.data.prompts import Prompt, PromptSource, held_out, load_prompts
+from qerl_rl.data.prompts import Prompt, PromptSet, held_out, load_prompts
+from qerl_rl.data.source import PromptSource
 from qerl_rl.model.architecture import MoeArchitecture, check_layout
 from qerl_rl.quant.checkpoint import CheckpointReader
-from qerl_rl.rewards import load_reward
+from qerl_rl.rewards import load_rewards
 from qerl_rl.rollout.limits import check_expert_sizes
 
 
@@ -29,6 +30,8 @@ class Plan:
     tokenizer: Any
     prompts: PromptSource
     eval_prompts: list[Prompt]
+    left_out: int
+    """Prompts, of training and evaluation, that data.max_prompt_tokens keeps away."""
 
 
 def preflight(loaded: LoadedConfig) -> Plan:
@@ -47,11 +50,11 @@ def preflight(loaded: LoadedConfig) -> Plan:
     architecture = MoeArchitecture.from_folder(config.model.path)
     _check_format(loaded)
     _check_model_layouts(loaded, architecture)
-    load_reward(config.reward.function)
+    load_rewards(config.reward)
     _check_functions(loaded)
     tokenizer = _load_tokenizer(config.model.path)
-    train, evaluation = _load_data(loaded, tokenizer)
-    return Plan(config, architecture, tokenizer, train, evaluation)
+    train, evaluation, left_out = _load_data(loaded, tokenizer)
+    return Plan(config, architecture, tokenizer, train, evaluation, left_out)
 
 
 def _load_tokenizer(folder: str) -> Any:
@@ -119,11 +122,11 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture) ->
             )
 
 
-def _load_data(loaded: LoadedConfig, tokenizer: Any) -> tuple[PromptSource, list[Prompt]]:
+def _load_data(loaded: LoadedConfig, tokenizer: Any) -> tuple[PromptSource, list[Prompt], int]:
     config = loaded.config
     needed = config.run.steps * config.algorithm.prompts_per_step + (config.eval.prompts if config.eval.every else 0)
 
-    def load(eval_path: str) -> list[Prompt]:
+    def load(eval_path: str) -> PromptSet:
         return load_prompts(
             config.data,
             tokenizer,
@@ -131,11 +134,15 @@ def _load_data(loaded: LoadedConfig, tokenizer: Any) -> tuple[PromptSource, list
             seed=config.run.seed,
             count_needed=needed,
             eval_path=eval_path,
+            eval_split=config.eval.split,
         )
 
-    prompts, evaluation = load(""), []
+    loaded_train = load("")
+    prompts, left_out = loaded_train.prompts, loaded_train.left_out
+    evaluation: list[Prompt] = []
     if config.eval.every and config.eval.path:
-        evaluation = load(config.eval.path)[: config.eval.prompts]
+        held = load(config.eval.path)
+        evaluation, left_out = held.prompts[: config.eval.prompts], left_out + held.left_out
     elif config.eval.every:
         prompts, evaluation = held_out(prompts, config.eval.prompts)
     if len(prompts) < config.algorithm.prompts_per_step:
@@ -146,7 +153,7 @@ def _load_data(loaded: LoadedConfig, tokenizer: Any) -> tuple[PromptSource, list
             fix=f"set {key} to {len(prompts)} or less, or give more data",
             where=loaded.locate(key),
         )
-    return PromptSource(prompts, seed=config.run.seed, shuffle=config.data.shuffle), evaluation
+    return PromptSource(prompts, seed=config.run.seed, shuffle=config.data.shuffle), evaluation, left_out
 
 
 def describe_model(architecture: MoeArchitecture) -> str:
@@ -170,6 +177,7 @@ def describe(plan: Plan) -> str:
     sizes = {
         "model": describe_model(plan.architecture),
         "prompts to train on": f"{len(plan.prompts)} ({len(plan.eval_prompts)} held out)",
+        "prompts left out": f"{plan.left_out} (longer than data.max_prompt_tokens={config.data.max_prompt_tokens})",
         "prompts a step": config.algorithm.prompts_per_step,
         "samples a step": config.samples_per_step,
         "samples a mini-batch": config.samples_per_mini_batch,

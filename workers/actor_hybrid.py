@@ -103,13 +103,18 @@ class ActorHybridWorker:
     def _writes_rollouts(self) -> bool:
         return self.rank % self.config.rollout.tensor_parallel == 0
 
-    def evaluate(self, prompts: Sequence[np.ndarray]) -> list[np.ndarray] | None:
-        """Greedy answers to token prompts on the policy without noise; None on ranks that repeat another's work."""
+    def evaluate(self, prompts: Sequence[tuple[np.ndarray, int]]) -> list[list[np.ndarray]] | None:
+        """Answers to (token prompt, seed) pairs by the policy without noise; None on ranks that repeat another's work.
+
+        One greedy answer each, or eval.samples drawn at eval.temperature.
+        """
         from qerl_rl.rollout.engine import GroupRequest
 
         self.swap.set_noise(0)
-        requests = [GroupRequest(i, prompt, 1, self.config.run.seed) for i, prompt in enumerate(prompts)]
-        answers = {output.group: output.responses[0] for output in self.rollout.generate(requests, greedy=True)}
+        own = self.config.eval
+        requests = [GroupRequest(i, prompt, own.samples, seed) for i, (prompt, seed) in enumerate(prompts)]
+        outputs = self.rollout.generate(requests, temperature=own.temperature, greedy=own.samples == 1)
+        answers = {output.group: output.responses for output in outputs}
         return [answers[i] for i in range(len(prompts))] if self._writes_rollouts else None
 
     def log_probs(self, dock: TransferDock, batch: Batch) -> dict[str, float]:

@@ -6,6 +6,9 @@ import resource
 from typing import Any
 
 from qerl_rl.config.loader import from_dict
+from qerl_rl.metrics.accuracy import accuracy_metrics
+from qerl_rl.rewards.scorer import RewardScorer
+from qerl_rl.rewards.votes import SAME_VALUE, comparison_of, group_answers, judge_of
 from transfer_dock import TransferDock
 
 
@@ -18,17 +21,20 @@ class RewardWorker:
     def __init__(self, config: dict[str, Any]) -> None:
         from transformers import AutoTokenizer
 
-        from qerl_rl.rewards.scorer import RewardScorer
-
         self.config = from_dict(config)
         self.tokenizer = AutoTokenizer.from_pretrained(self.config.model.path)
-        reward = self.config.reward
-        self.scorer = RewardScorer(reward.function, processes=reward.workers, timeout_s=reward.timeout_s)
+        self.judge = judge_of(self.config.reward.weights)
+        votes_by_value = self.config.eval.every and self.config.eval.samples > 1 and comparison_of(self.judge).by_value
+        self.scorer = RewardScorer(self.config.reward, [SAME_VALUE] if votes_by_value else [])
 
     def score(self, dock: TransferDock, samples: int) -> dict[str, float]:
-        """Score the next `samples` samples, group by group as they finish; returns how many the function failed on."""
+        """Score the next `samples` samples, group by group as they finish.
+
+        Returns: `failures` (samples that a function failed on) and the mean of each function, by its name.
+        """
         group_size = self.config.algorithm.samples_per_prompt
         failures, done = 0, 0
+        sums = dict.fromkeys(self.config.reward.weights, 0.0)
         while done < samples:
             batch = dock.get(
                 "reward",
@@ -44,13 +50,27 @@ class RewardWorker:
             dock.ack(batch)
             failures += len(scores.failures)
             done += len(batch.keys)
-        return {"failures": float(failures)}
+            for name, part in scores.parts.items():
+                sums[name] += float(part.sum(dtype=float))
+        return {"failures": float(failures), **{name: total / done for name, total in sums.items()}}
 
-    def score_texts(self, problems: list[tuple[str, list[int], str]]) -> list[float]:
-        """Rewards of (prompt text, response tokens, answer) rows that do not travel through the dock (evaluation)."""
-        texts = self.tokenizer.batch_decode([tokens for _, tokens, _ in problems], skip_special_tokens=True)
-        rows = [(prompt, text, answer) for (prompt, _, answer), text in zip(problems, texts, strict=True)]
-        return self.scorer.score(rows).values.tolist()
+    def evaluate(self, questions: list[tuple[str, list[list[int]], str]]) -> dict[str, float]:
+        """Metrics of (prompt text, tokens of each response, answer) questions that do not travel through the dock.
+
+        Every question has equally many responses; see `accuracy_metrics` for the names, to which `reward_mean` and
+        `failures` come.
+        """
+        texts = [self.tokenizer.batch_decode(responses, skip_special_tokens=True) for _, responses, _ in questions]
+        prompts = [(prompt, own) for (prompt, _, _), own in zip(questions, texts, strict=True)]
+        rows = [
+            (prompt, text, answer) for (prompt, _, answer), own in zip(questions, texts, strict=True) for text in own
+        ]
+        scores = self.scorer.score(rows)
+        correct = scores.parts[self.judge].reshape(len(questions), -1) >= self.config.eval.correct_at
+        votes = self.config.eval.samples > 1
+        groups = group_answers(prompts, comparison_of(self.judge), self.scorer) if votes else []
+        metrics = accuracy_metrics(correct, groups)
+        return {**metrics, "reward_mean": float(scores.values.mean()), "failures": float(len(scores.failures))}
 
     def peak_bytes(self) -> int:
         """The most memory this process has held, in bytes."""

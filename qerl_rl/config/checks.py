@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -34,17 +35,20 @@ AT_LEAST = {
     train.pipeline_parallel train.expert_parallel train.expert_tensor_parallel train.micro_batch_tokens
     rollout.tensor_parallel rollout.data_parallel rollout.max_sequences rollout.max_batched_tokens
     rollout.kv_cache_bytes
+    eval.samples reward.length_characters
     rollout.max_prompt_tokens rollout.max_response_tokens lora.rank algorithm.prompts_per_step
     algorithm.prompts_per_mini_batch algorithm.epochs_per_step reward.workers dock.capacity_bytes checkpoint.keep
     eval.prompts track.samples_per_step""",
     2: "algorithm.samples_per_prompt noise.stages",
-    0: """cluster.cpus_per_worker train.learning_rate train.warmup_steps train.weight_decay train.max_grad_norm
+    0: """reward.memory_bytes data.max_prompt_tokens
+    cluster.cpus_per_worker train.learning_rate train.warmup_steps train.weight_decay train.max_grad_norm
     rollout.top_k noise.sigma_start noise.sigma_end algorithm.clip_low algorithm.clip_high algorithm.kl_coefficient
     algorithm.entropy_coefficient algorithm.loss_constant_tokens algorithm.kl_target algorithm.overlong_buffer_tokens
     algorithm.overlong_penalty algorithm.discount data.limit checkpoint.every eval.every profiler.step""",
 }
 
-POSITIVE = """lora.alpha rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
+POSITIVE = """eval.temperature
+lora.alpha rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
 fault.rollout_timeout_s fault.train_timeout_s train.adam_eps"""
 
 
@@ -184,6 +188,26 @@ def _check_paths(config: Config) -> Fault:
     return None
 
 
+def _check_reward(config: Config) -> Fault:
+    reward, key = config.reward, "reward.functions"
+    if reward.function and reward.functions:
+        problem = f"reward.function={reward.function} and {key} are both set."
+        return key, problem, f"move {reward.function} into {key} with a weight, and leave reward.function empty"
+    for name, weight in reward.functions.items():
+        if not math.isfinite(weight):
+            return key, f"{key}.{name}={weight} is no weight.", f"set {key}.{name} to a finite number"
+    if not any(reward.weights.values()):
+        return key, f"every weight in {key} is 0: all samples would earn the same.", "set one of them to another number"
+    return None
+
+
+def _check_data(config: Config) -> Fault:
+    key, kept, most = "data.max_prompt_tokens", config.data.max_prompt_tokens, config.rollout.max_prompt_tokens
+    if kept <= most:
+        return None
+    return key, f"{key}={kept} exceeds rollout.max_prompt_tokens={most}.", f"set {key} to {most} or less"
+
+
 CHECKS = (
     _check_values,
     _check_train_layout,
@@ -193,4 +217,6 @@ CHECKS = (
     _check_adapters,
     _check_lengths,
     _check_paths,
+    _check_reward,
+    _check_data,
 )

@@ -74,13 +74,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
             raise ConfigError(f"'{override}' is not an override.", fix="write section.key=value", where="command line")
-    from_line = OmegaConf.from_dotlist(list(overrides))
+    from_line = _from_command_line(overrides)
     try:
         values = OmegaConf.to_container(OmegaConf.merge(from_file, from_line), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{_one_line(error)}.", fix="correct the interpolation", where=str(path)) from None
     config = _build(Config, cast("dict[str, Any]", values), "", locate)
     return LoadedConfig(config, locate)
+
+
+def _from_command_line(overrides: Sequence[str]) -> DictConfig:
+    merged = OmegaConf.create()
+    for override in overrides:
+        try:
+            merged.merge_with_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            key = override.partition("=")[0]
+            raise ConfigError(
+                f"the value of {key} is not readable YAML: {_one_line(error)}.",
+                fix=f"put quotes around text with braces or colons: \"{key}='...'\"",
+                where="command line",
+            ) from None
+    return merged
 
 
 def to_yaml(config: Config) -> str:
@@ -118,12 +133,14 @@ def _value(hint: Any, value: Any, name: str, locate: KeyLocations) -> Any:
         return _build(hint, value, f"{name}.", locate)
     if hint is str and value is None:
         return ""
-    if hint == dict[str, str]:
+    if hint in (dict[str, str], dict[str, float]):
         if not isinstance(value, dict):
             raise ConfigError(
                 f"{name}={value!r} is not a mapping.", fix=f"write KEY: value lines below {name}:", where=locate(name)
             )
-        return {str(key): str(item) for key, item in value.items()}
+        if hint == dict[str, str]:
+            return {str(key): str(item) for key, item in value.items()}
+        return {str(key): _value(float, item, f"{name}.{key}", locate) for key, item in value.items()}
     if hint is float and type(value) is int:
         return float(value)
     # OmegaConf's own nodes convert and check plain values ("1e-3" is a float, "yes" is no bool).

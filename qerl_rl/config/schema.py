@@ -194,8 +194,16 @@ class AlgorithmConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train_path: str = ""
-    """A .jsonl or .json file, one object a line; or `arithmetic` for generated sums."""
+    """A .jsonl or .json file, one object a line; a .parquet, .arrow or .csv file; the name of a data set on the Hugging
+    Face hub, such as openai/gsm8k; or `arithmetic` for generated sums."""
+    subset: str = ""
+    """Configuration of a data set of the hub (`main` for openai/gsm8k); empty takes its default one."""
+    split: str = "train"
+    """Split of a data set of the hub to train on."""
     prompt_field: str = "prompt"
+    prompt_template: str = ""
+    """The prompt as text with the names of fields in braces, such as `Question: {question}`; {{ and }} are braces.
+    Empty takes data.prompt_field as it is."""
     answer_field: str = "answer"
     chat_template: bool = False
     """Wrap the prompt as a user message in the tokenizer's chat template."""
@@ -204,6 +212,9 @@ class DataConfig:
     """Text appended to every prompt."""
     answer_after: str = ""
     """Keep of the answer field only what follows this mark, as `####` in GSM8K; empty keeps all of it."""
+    max_prompt_tokens: int = 0
+    """Leave out prompts of more tokens, template included; 0 leaves none out, and one beyond
+    rollout.max_prompt_tokens is an error."""
     shuffle: bool = True
     limit: int = 0
     """Use only the first lines; 0 uses all."""
@@ -211,11 +222,25 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    function: str = "exact"
-    """exact (the text equals the answer), math (math-verify finds the answer equal) or a dotted path to a function."""
+    """What a sample earns: one function, or a weighted sum of several (docs/rewards_and_data.md lists them)."""
+
+    function: str = ""
+    """Name of a reward (exact, math, format, ...) or a dotted path to a function; empty is exact, unless
+    reward.functions is given."""
+    functions: dict[str, float] = field(default_factory=dict)
+    """Weight by name or dotted path, instead of reward.function; 0 only reports the function's mean."""
+    length_characters: int = 1000
+    """Characters from which the reward `length` is 1."""
     workers: int = 1
     timeout_s: float = 10.0
-    """Seconds one sample may take to score; past them it scores 0."""
+    """Seconds a function may take for one sample; past them it scores 0."""
+    memory_bytes: int = 2147483648
+    """Address space, in bytes, that a function may take for one sample; past it it scores 0. 0 sets no limit."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight by function, whichever of the two keys was given."""
+        return self.functions or {self.function or "exact": 1.0}
 
 
 @dataclass(frozen=True)
@@ -238,10 +263,18 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = 0
-    """Steps between evaluations (greedy answers to held-out prompts); 0 evaluates never."""
+    """Steps between evaluations (answers to held-out prompts); 0 evaluates never."""
     path: str = ""
     """Like data.train_path; empty takes lines that training does not use."""
+    split: str = "test"
+    """Split of eval.path where it names a data set of the hub."""
     prompts: int = 64
+    samples: int = 1
+    """Answers to each prompt: 1 takes the greedy one (pass@1), more are drawn (avg@n, maj@n, pass@k)."""
+    temperature: float = 1.0
+    """Of the answers drawn where eval.samples is more than 1."""
+    correct_at: float = 1.0
+    """An answer is correct when the reward's first function that judges answers gives it this much or more."""
 
 
 @dataclass(frozen=True)

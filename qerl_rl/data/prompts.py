@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ import numpy as np
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import DataConfig
 from qerl_rl.data.arithmetic import arithmetic_problems
-from qerl_rl.data.lines import Record, read_records
+from qerl_rl.data.lines import line_entries
+from qerl_rl.data.records import Entry, Record, to_records
+from qerl_rl.data.tables import hub_entries, is_hub_name, is_table, table_entries
 
 ARITHMETIC = "arithmetic"
 """The data path that generates sums instead of reading a file."""
@@ -30,49 +32,13 @@ class Prompt:
     answer: str
 
 
-class PromptSource:
-    """Gives prompts epoch after epoch, each epoch in an order of its own that only (seed, epoch) decides."""
+@dataclass(frozen=True)
+class PromptSet:
+    """What a data set gave."""
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool) -> None:
-        self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
-        self._given = 0
-
-    def __len__(self) -> int:
-        """Prompts in an epoch."""
-        return len(self._prompts)
-
-    def next(self, count: int) -> list[Prompt]:
-        """The next `count` prompts; goes on with the next epoch where one ends."""
-        taken: list[Prompt] = []
-        while len(taken) < count:
-            epoch, position = divmod(self._given, len(self._prompts))
-            part = self._order(epoch)[position : position + count - len(taken)]
-            taken.extend(self._prompts[index] for index in part)
-            self._given += len(part)
-        return taken
-
-    def state(self) -> dict[str, int]:
-        """What a checkpoint keeps: `given`, the prompts given so far, and what must not change; whole numbers only."""
-        return {"given": self._given, "prompts": len(self._prompts), "seed": self._seed, "shuffle": int(self._shuffle)}
-
-    def load_state(self, state: dict[str, int]) -> None:
-        """Go on where `state()` was taken.
-
-        Raises: ConfigError when the number of prompts, the seed or the shuffling is not the one of the checkpoint.
-        """
-        own = self.state()
-        for name, key in (("prompts", "the data section"), ("seed", "run.seed"), ("shuffle", "data.shuffle")):
-            if state[name] != own[name]:
-                raise ConfigError(
-                    f"the checkpoint was made with {name}={state[name]}, this run has {own[name]}.",
-                    fix=f"set {key} back to what the checkpoint was made with, or start anew in another run.output_dir",
-                )
-        self._given = state["given"]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if not self._shuffle:
-            return np.arange(len(self._prompts))
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
+    prompts: list[Prompt]
+    left_out: int
+    """Prompts that were longer than data.max_prompt_tokens."""
 
 
 def held_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -104,34 +70,45 @@ def load_prompts(
     seed: int,
     count_needed: int,
     eval_path: str = "",
-) -> list[Prompt]:
+    eval_split: str = "",
+) -> PromptSet:
     """The tokenized prompts of `data.train_path`, all checked, in the order of the file.
 
-    Args: tokenizer: of transformers. seed, count_needed: of the generated prompts and how many of them (data.limit
-        overrides it); a file gives all of its own. eval_path: eval.path, read instead of data.train_path.
-    Raises: ConfigError with the line of the file when it can't be used or a prompt is longer than max_prompt_tokens.
+    Args: tokenizer: of transformers. max_prompt_tokens: of the engine. seed, count_needed: of the generated prompts and
+        how many of them (data.limit overrides it); a file gives all of its own. eval_path, eval_split: eval.path and
+        eval.split, read instead of data.train_path and data.split.
+    Raises: ConfigError with the line of the file when it can't be used, or a prompt that data.max_prompt_tokens doesn't
+        leave out is longer than max_prompt_tokens.
     """
-    path = eval_path or data.train_path
+    path, key = (eval_path, "eval.path") if eval_path else (data.train_path, "data.train_path")
     if path == ARITHMETIC:
         problems = arithmetic_problems(data.limit or count_needed, seed)
-        records = [Record(0, prompt, answer) for prompt, answer in problems]
+        entries: Iterable[Entry] = [Entry(path, {"prompt": p, "answer": a}, "problem") for p, a in problems]
+    elif is_table(path):
+        entries = table_entries(path, key=key)
+    elif is_hub_name(path):
+        split, split_key = (eval_split, "eval.split") if eval_path else (data.split, "data.split")
+        entries = hub_entries(path, subset=data.subset, split=split, key=key, split_key=split_key)
     else:
-        records = read_records(
-            path,
-            prompt_field=data.prompt_field,
-            answer_field=data.answer_field,
-            limit=data.limit,
-            key="eval.path" if eval_path else "data.train_path",
-        )
-    places = [f"{path}:{record.line}" if record.line else path for record in records]
+        entries = line_entries(path, key=key)
+    records = to_records(entries, data)
+    if not records:
+        raise ConfigError(f"{path} has no lines.", fix=f"set {key} to data with at least one line or row", where=path)
     texts = [record.prompt + data.instruction for record in records]
     token_lists = _tokenize(texts, data, tokenizer)
-    _check_lengths(token_lists, places, max_prompt_tokens)
-    answers = [_answer(record, data, place) for record, place in zip(records, places, strict=True)]
-    return [
-        Prompt(index, text, np.asarray(tokens, dtype=np.int32), answer)
-        for index, (text, tokens, answer) in enumerate(zip(texts, token_lists, answers, strict=True))
+    kept = [row for row, tokens in enumerate(token_lists) if len(tokens) <= (data.max_prompt_tokens or len(tokens))]
+    _check_lengths([token_lists[row] for row in kept], [records[row].place for row in kept], max_prompt_tokens)
+    if not kept:
+        shortest = min(map(len, token_lists))
+        raise ConfigError(
+            f"data.max_prompt_tokens={data.max_prompt_tokens} leaves out every prompt of {path}.",
+            fix=f"set data.max_prompt_tokens to {shortest} or more",
+        )
+    prompts = [
+        Prompt(row, texts[row], np.asarray(token_lists[row], dtype=np.int32), _answer(records[row], data))
+        for row in kept
     ]
+    return PromptSet(prompts, len(records) - len(kept))
 
 
 def _tokenize(texts: list[str], data: DataConfig, tokenizer: Any) -> list[list[int]]:
@@ -171,7 +148,7 @@ def _check_lengths(token_lists: list[list[int]], places: list[str], max_prompt_t
         )
 
 
-def _answer(record: Record, data: DataConfig, place: str) -> str:
+def _answer(record: Record, data: DataConfig) -> str:
     if not data.answer_after:
         return record.answer
     _, mark, after = record.answer.rpartition(data.answer_after)
@@ -179,6 +156,6 @@ def _answer(record: Record, data: DataConfig, place: str) -> str:
         raise ConfigError(
             f"the answer {record.answer[:40]!r} has no {data.answer_after!r} (data.answer_after).",
             fix="correct the line, or set data.answer_after to the mark before the answers, or to an empty text",
-            where=place,
+            where=record.place,
         )
     return after.strip()

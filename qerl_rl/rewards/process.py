@@ -1,21 +1,22 @@
 """A process that scores one sample at a time, and its other end.
 
-Run as `python -m qerl_rl.rewards.process NAME TIMEOUT_S`. Both directions carry lines of JSON: in [prompt, response,
-answer], out {"ready": true} once, then {"score": x} or {"error": text} a sample. The function is imported by name; no
-code is sent.
+Run as `python -m qerl_rl.rewards.process TIMEOUT_S MEMORY_BYTES NAME...`. Both directions carry lines of JSON: in
+[name, prompt, response, answer], out {"ready": true} once, then {"score": x} or {"error": text} a sample. The functions
+are imported by name; no code is sent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
+import resource
 import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from qerl_rl.rewards.load import load_reward
@@ -23,6 +24,10 @@ from qerl_rl.rewards.load import load_reward
 START_TIMEOUT_S = 120.0
 """Seconds for the imports of a reward function in a fresh process; a cold, busy machine needs tens of them."""
 _ORPHAN_GRACE_S = 5.0
+_ERROR_CHARACTERS = 500
+_LARGEST_SCORE = 3.4e38
+"""Of float32, which rewards become; a NaN is not below it either."""
+_OUT_OF_MEMORY = {"error": "ran out of memory", "out_of_memory": True}
 
 
 class SampleFailure(Exception):
@@ -30,28 +35,47 @@ class SampleFailure(Exception):
 
 
 class ScoringProcess:
-    """One scoring process; started at once, replaced whenever a sample hangs or kills it."""
+    """One scoring process for the functions `names`; started at once, replaced when a sample hangs, kills or fills it.
 
-    def __init__(self, name: str, timeout_s: float) -> None:
-        self._name, self._timeout_s = name, timeout_s
+    Args: timeout_s, memory_bytes: what one function may take for one sample; memory_bytes 0 sets no limit.
+    """
+
+    def __init__(self, names: Sequence[str], timeout_s: float, memory_bytes: int) -> None:
+        self._names, self._timeout_s, self._memory_bytes = names, timeout_s, memory_bytes
         self._process = self._start()
         self._ready = False
+        self._fresh = True
 
-    def score(self, prompt: str, response: str, answer: str) -> float:
-        """The reward of a sample.
+    def score(self, name: str, prompt: str, response: str, answer: str) -> float:
+        """What the function `name` gives a sample.
 
-        Raises: SampleFailure when the function raises, gives no finite number, dies or passes the time limit;
+        Raises: SampleFailure when the function raises, gives no finite number, dies or passes a limit;
             RuntimeError when the process can't start.
         """
+        request = json.dumps([name, prompt, response, answer]).encode() + b"\n"
+        reply = self._ask(request)
+        if "out_of_memory" in reply and not self._fresh:
+            # Samples before this one may have left their memory behind: only in a process of its own is it to blame.
+            self._replace()
+            reply = self._ask(request)
+        self._fresh = False
+        if "out_of_memory" in reply:
+            self._replace()
+            raise SampleFailure(f"took more than {self._memory_bytes} bytes (reward.memory_bytes)")
+        if "error" in reply:
+            raise SampleFailure(reply["error"])
+        return reply["score"]
+
+    def _ask(self, request: bytes) -> dict[str, Any]:
         if self._process.poll() is not None:
             self._replace()
         if not self._ready:
             self._await_ready()
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps([prompt, response, answer]).encode() + b"\n")
+            self._process.stdin.write(request)
             self._process.stdin.flush()
-            reply = self._read_line(self._timeout_s)
+            return self._read_line(self._timeout_s)
         except (TimeoutError, EOFError, BrokenPipeError) as error:
             if isinstance(error, TimeoutError):
                 self._replace()
@@ -60,9 +84,6 @@ class ScoringProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=1.0)
             raise SampleFailure(f"its process died (exit code {self._replace()})") from None
-        if "error" in reply:
-            raise SampleFailure(reply["error"])
-        return reply["score"]
 
     def close(self) -> int:
         """End the process and whatever it started; returns its exit code."""
@@ -80,7 +101,7 @@ class ScoringProcess:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         # A session of its own: killing it takes its children along, and a Ctrl-C is left to the process that owns it.
         return subprocess.Popen(
-            [sys.executable, "-m", __name__, self._name, str(self._timeout_s)],
+            [sys.executable, "-m", __name__, str(self._timeout_s), str(self._memory_bytes), *self._names],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -89,7 +110,7 @@ class ScoringProcess:
 
     def _replace(self) -> int:
         code = self.close()
-        self._process, self._ready = self._start(), False
+        self._process, self._ready, self._fresh = self._start(), False, True
         return code
 
     def _await_ready(self) -> None:
@@ -98,7 +119,8 @@ class ScoringProcess:
         except (TimeoutError, EOFError) as error:
             code = self.close()
             reason = f"within {START_TIMEOUT_S:g} s" if isinstance(error, TimeoutError) else f"(exit code {code})"
-            raise RuntimeError(f"the process of reward {self._name!r} did not start {reason}; see its stderr") from None
+            names = ", ".join(self._names)
+            raise RuntimeError(f"the process of reward {names} did not start {reason}; see its stderr") from None
         self._ready = True
 
     def _read_line(self, timeout_s: float) -> dict[str, Any]:
@@ -121,19 +143,34 @@ class ScoringProcess:
 def _evaluate(function: Any, sample: list[str]) -> dict[str, Any]:
     try:
         score = float(function(*sample))
+    except MemoryError:
+        # Text would need memory, which the frames of the function still hold here.
+        return _OUT_OF_MEMORY
     except BaseException as error:  # noqa: BLE001 - the user's function: even its sys.exit() concerns one sample only
-        return {"error": f"raised {type(error).__name__}: {error}"}
-    return {"score": score} if math.isfinite(score) else {"error": f"returned {score}"}
+        return {"error": f"raised {type(error).__name__}: {error}"[:_ERROR_CHARACTERS]}
+    return {"score": score} if abs(score) <= _LARGEST_SCORE else {"error": f"returned {score}"}
 
 
-def _serve(name: str, timeout_s: float, requests: BinaryIO, replies: BinaryIO) -> None:
-    function = load_reward(name)
+def _limit_memory(memory_bytes: int) -> None:
+    """Let this process, and each one it starts, take `memory_bytes` of address space beyond what the imports took."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = taken + memory_bytes if most == resource.RLIM_INFINITY else min(taken + memory_bytes, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _serve(names: Sequence[str], timeout_s: float, memory_bytes: int, requests: BinaryIO, replies: BinaryIO) -> None:
+    functions = {name: load_reward(name) for name in names}
+    if memory_bytes:
+        _limit_memory(memory_bytes)
     replies.write(b'{"ready": true}\n')
     replies.flush()
     for line in requests:
         # Nobody is left to end a hanging sample when the owner has died: the alarm's default action does.
         signal.setitimer(signal.ITIMER_REAL, timeout_s + _ORPHAN_GRACE_S)
-        reply = _evaluate(function, json.loads(line))
+        name, *sample = json.loads(line)
+        reply = _evaluate(functions[name], sample)
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(json.dumps(reply).encode() + b"\n")
         replies.flush()
@@ -145,7 +182,7 @@ def _main() -> None:
     os.dup2(2, 1)
     requests = os.fdopen(os.dup(0), "rb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    _serve(sys.argv[1], float(sys.argv[2]), requests, replies)
+    _serve(sys.argv[3:], float(sys.argv[1]), int(sys.argv[2]), requests, replies)
 
 
 if __name__ == "__main__":

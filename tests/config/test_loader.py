@@ -53,7 +53,11 @@ def test_config_survives_the_trip_to_another_process(tmp_path):
         ("", ["rollout.learning_rate=1"], "unknown key rollout.learning_rate", "train.learning_rate", "command line"),
         ("train: {learning_rate: fast}\n", [], "train.learning_rate='fast' is not a number", "number", ":7"),
         ("", ["run.steps=1.5"], "run.steps=1.5 is not a whole number", "whole number", "command line"),
+        ("reward: {functions: {math: much}}\n", [], "functions.math='much' is not a number", "a number", ":7"),
+        ("reward: {functions: {math: }}\n", [], "functions.math=None is not a number", "a number", ":7"),
+        ("reward: {functions: [math]}\n", [], "functions=['math'] is not a mapping", "KEY: value", ":7"),
         ("", ["noise=3"], "noise=3 is no section", "below noise", "command line"),
+        ("", ["data.prompt_template={a} {b}"], "value of data.prompt_template is not", "put quotes", "command line"),
         ("", ["steps"], "'steps' is not an override", "section.key=value", "command line"),
         ("train: {learning_rate: '${no.such}'}\n", [], "no.such", "interpolation", "launch.yaml"),
         ("a: [\n", [], "not readable YAML", "correct", "launch.yaml"),
@@ -78,6 +82,20 @@ def test_an_error_survives_the_trip_from_another_process():
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no launch file"):
         load_config(tmp_path / "absent.yaml")
+
+
+def test_weights_of_rewards_come_from_the_file_and_the_command_line(tmp_path):
+    path = write(tmp_path, VALID + "reward:\n  functions:\n    math: 1\n    own.module.reward: -0.5\n")
+    config = load_config(path, ["reward.functions.format=2e-1"]).config
+    assert config.reward.weights == {"math": 1.0, "own.module.reward": -0.5, "format": 0.2}
+    assert all(type(weight) is float for weight in config.reward.weights.values())
+    assert from_dict(dataclasses.asdict(config)) == config
+    assert load_config(write(tmp_path, to_yaml(config))).config == config
+
+
+def test_a_single_reward_weighs_one_and_exact_is_the_default(tmp_path):
+    assert load_config(write(tmp_path, VALID)).config.reward.weights == {"exact": 1.0}
+    assert load_config(write(tmp_path, VALID), ["reward.function=math"]).config.reward.weights == {"math": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +123,14 @@ def test_missing_file_is_named(tmp_path):
         (["lora.attention=false", "lora.experts=false"], "nothing would train", "true"),
         (["quant.format=none"], "beside int8 experts only", "lora.experts to false"),
         (["model.path="], "model.path is empty", "make-model"),
+        (["reward.function=exact", "reward.functions.math=1"], "are both set", "move exact into reward.functions"),
+        (["reward.functions={math: .inf}"], "reward.functions.math=inf is no weight", "finite"),
+        (["reward.functions={math: 0, format: 0}"], "every weight in reward.functions is 0", "another number"),
+        (["reward.memory_bytes=-1"], "reward.memory_bytes=-1 is too small", "0 or more"),
+        (["reward.length_characters=0"], "reward.length_characters=0 is too small", "1 or more"),
+        (["data.max_prompt_tokens=129"], "exceeds rollout.max_prompt_tokens=128", "to 128 or less"),
+        (["eval.samples=0"], "eval.samples=0 is too small", "1 or more"),
+        (["eval.temperature=0"], "eval.temperature=0.0 is not positive", "above 0"),
     ],
 )
 def test_keys_that_do_not_fit_each_other(tmp_path, overrides, problem, fix):

@@ -2,39 +2,15 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import DataConfig
-from qerl_rl.data.prompts import Prompt, PromptSource, held_out, load_prompts
+from qerl_rl.data.prompts import load_prompts
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """A token a byte."""
-    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write_lines(*lines, name="data.jsonl"):
-        path = tmp_path / name
-        path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-        return str(path)
-
-    return write_lines
 
 
 def load(tokenizer, path, *, max_prompt_tokens=100, count_needed=0, seed=1, eval_path="", **fields):
@@ -46,11 +22,7 @@ def load(tokenizer, path, *, max_prompt_tokens=100, count_needed=0, seed=1, eval
         seed=seed,
         count_needed=count_needed,
         eval_path=eval_path,
-    )
-
-
-def numbered(count: int) -> list[Prompt]:
-    return [Prompt(i, str(i), np.array([i], dtype=np.int32), str(i)) for i in range(count)]
+    ).prompts
 
 
 def test_prompts_keep_text_answers_and_order_of_the_file(tokenizer, write):
@@ -156,63 +128,3 @@ def test_missing_files_are_named_with_their_key_and_the_nearest_file(tokenizer, 
     (tmp_path / "binary.jsonl").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(ConfigError, match="UTF-8"):
         load(tokenizer, str(tmp_path / "binary.jsonl"))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 30), st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 5), st.booleans())
-def test_every_epoch_gives_every_prompt_once_however_it_is_cut(count, cuts, seed, shuffle):
-    source = PromptSource(numbered(count), seed=seed, shuffle=shuffle)
-    taken = [prompt.index for cut in cuts for prompt in source.next(cut)]
-    assert len(taken) == sum(cuts)
-    for start in range(0, len(taken) - count + 1, count):
-        assert sorted(taken[start : start + count]) == list(range(count))
-    one_cut = PromptSource(numbered(count), seed=seed, shuffle=shuffle).next(sum(cuts))
-    assert [prompt.index for prompt in one_cut] == taken
-    if not shuffle:
-        assert taken == [position % count for position in range(len(taken))]
-
-
-def test_epochs_and_seeds_have_orders_of_their_own():
-    source = PromptSource(numbered(50), seed=1, shuffle=True)
-    first, second = ([prompt.index for prompt in source.next(50)] for _ in range(2))
-    other = [prompt.index for prompt in PromptSource(numbered(50), seed=2, shuffle=True).next(50)]
-    assert len({tuple(first), tuple(second), tuple(other)}) == 3
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 20), st.integers(0, 70), st.integers(1, 50))
-def test_a_restored_source_goes_on_where_it_was(count, before, after):
-    source = PromptSource(numbered(count), seed=3, shuffle=True)
-    source.next(before)
-    state = json.loads(json.dumps(source.state()))
-    restored = PromptSource(numbered(count), seed=3, shuffle=True)
-    restored.load_state(state)
-    expected = [prompt.index for prompt in source.next(after)]
-    assert [prompt.index for prompt in restored.next(after)] == expected
-
-
-def test_a_checkpoint_of_other_data_is_refused():
-    state = PromptSource(numbered(10), seed=1, shuffle=True).state()
-    for source, key in (
-        (PromptSource(numbered(11), seed=1, shuffle=True), "data section"),
-        (PromptSource(numbered(10), seed=2, shuffle=True), "run.seed"),
-        (PromptSource(numbered(10), seed=1, shuffle=False), "data.shuffle"),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            source.load_state(state)
-        assert key in caught.value.fix
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 12), min_size=2, max_size=40), st.integers(1, 5))
-def test_training_sees_no_held_out_prompt(values, count):
-    prompts = [Prompt(i, str(v), np.array([v], dtype=np.int32), str(v)) for i, v in enumerate(values)]
-    if len(set(values)) <= count:
-        with pytest.raises(ConfigError, match=r"eval\.prompts"):
-            held_out(prompts, count)
-        return
-    train, evaluation = held_out(prompts, count)
-    texts = [prompt.text for prompt in evaluation]
-    assert len(texts) == len(set(texts)) == count
-    assert [prompt for prompt in prompts if prompt.text not in texts] == train
-    assert [prompt.index for prompt in held_out(prompts, count)[1]] == [prompt.index for prompt in evaluation]

@@ -30,6 +30,12 @@ def test_exact_ignores_surrounding_white_space_only():
         ("She has 18.0 dollars left", "18"),
         ("\\boxed{\\sqrt{8}}", "2\\sqrt{2}"),
         ("#### Tuesday", "tuesday"),
+        ("\\boxed{1+x}", "x + 1"),
+        ("\\boxed{2x}", "x*2"),
+        ("\\boxed{x = 5}", "5"),
+        ("\\boxed{5 m}", "5"),
+        ("\\boxed{5m}", "5"),
+        ("it is x = 5", "5"),
     ],
 )
 def test_math_accepts_equal_values(response, answer):
@@ -47,6 +53,9 @@ def test_math_accepts_equal_values(response, answer):
         ("\\boxed{", "72"),
         ("72", "Tuesday"),
         ("-3", "3"),
+        ("\\boxed{2x}", "2"),
+        ("\\boxed{y=2x+1}", "2"),
+        ("\\boxed{x+1}", "x-1"),
     ],
 )
 def test_math_refuses_other_values(response, answer):
@@ -90,7 +99,7 @@ def test_a_dotted_path_loads_a_function_of_the_user():
     ("name", "problem", "fix"),
     [
         ("exat", "not a known reward", "set it to exact"),
-        ("frobnicate", "not a known reward", "exact or math"),
+        ("frobnicate", "not a known reward", "one of exact, math, boxed_math"),
         ("own_rewards.lenght", "no function 'lenght'", "name length instead"),
         ("own_rewards.json", "no function 'json'", "brief, length"),
         ("own_rewards.brief", "can't be called with (prompt, response, answer)", "these three strings"),

@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.schema import RewardConfig
 from qerl_rl.rewards.scorer import RewardScorer
 
 TRICKY = textwrap.dedent(
@@ -51,6 +52,10 @@ FAULTS = {
 }
 
 
+def scorer_of(function, *, processes, timeout_s):
+    return RewardScorer(RewardConfig(function=function, workers=processes, timeout_s=timeout_s))
+
+
 def scoring_processes():
     """The scorers' children of this process, which other tests may have given children of their own."""
     children = psutil.Process().children()
@@ -70,7 +75,7 @@ def test_a_sample_that_fails_costs_itself_only(tricky, processes):
     for position, fault in enumerate(FAULTS):
         responses += [str(position), fault]
     responses.append("99.5")
-    with RewardScorer(tricky, processes, timeout_s=2.0) as scorer:
+    with scorer_of(tricky, processes=processes, timeout_s=2.0) as scorer:
         scores = scorer.score([("p", response, "a") for response in responses])
         assert scores.values.tolist() == [0.0 if text in FAULTS else float(text) for text in responses]
         assert sorted(scores.failures) == [index for index, text in enumerate(responses) if text in FAULTS]
@@ -82,7 +87,7 @@ def test_a_sample_that_fails_costs_itself_only(tricky, processes):
 
 
 def test_a_process_that_dies_between_samples_fails_no_sample(tricky):
-    with RewardScorer(tricky, 1, timeout_s=30.0) as scorer:
+    with scorer_of(tricky, processes=1, timeout_s=30.0) as scorer:
         assert scorer.score([("p", "1", "a")]).values.tolist() == [1.0]
         (child,) = scoring_processes()
         child.kill()
@@ -94,14 +99,14 @@ def test_a_process_that_dies_between_samples_fails_no_sample(tricky):
 
 def test_a_killed_sample_takes_its_own_children_along(tricky, tmp_path):
     pid_file = tmp_path / "pid"
-    with RewardScorer(tricky, 1, timeout_s=2.0) as scorer:
+    with scorer_of(tricky, processes=1, timeout_s=2.0) as scorer:
         scores = scorer.score([(str(pid_file), "hang with a child", "a")])
     assert "longer than 2 s" in scores.failures[0]
     assert has_ended(int(pid_file.read_text()))
 
 
 def test_closing_leaves_no_process(tricky):
-    scorer = RewardScorer(tricky, 2, timeout_s=30.0)
+    scorer = scorer_of(tricky, processes=2, timeout_s=30.0)
     scorer.score([("p", "1", "a")] * 4)
     children = scoring_processes()
     assert len(children) == 2
@@ -113,8 +118,9 @@ def test_processes_end_when_their_owner_is_killed(tricky):
     script = textwrap.dedent(
         f"""
         import os, psutil
+        from qerl_rl.config.schema import RewardConfig
         from qerl_rl.rewards.scorer import RewardScorer
-        scorer = RewardScorer({tricky!r}, 1, timeout_s=30.0)
+        scorer = RewardScorer(RewardConfig(function={tricky!r}, workers=1, timeout_s=30.0))
         scorer.score([("p", "1", "a")])
         print(psutil.Process().children()[0].pid, flush=True)
         os.kill(os.getpid(), 9)
@@ -128,19 +134,19 @@ def test_processes_end_when_their_owner_is_killed(tricky):
 
 def test_math_scores_in_processes_as_it_does_here():
     samples = [("p", f"so we get {value}", f"#### {value % 3}") for value in range(6)]
-    with RewardScorer("math", 2, timeout_s=30.0) as scorer:
+    with scorer_of("math", processes=2, timeout_s=30.0) as scorer:
         assert scorer.score(samples).values.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
 
 
 def test_exact_needs_no_process():
-    with RewardScorer("exact", 4, timeout_s=1.0) as scorer:
+    with scorer_of("exact", processes=4, timeout_s=1.0) as scorer:
         assert not scoring_processes()
         assert scorer.score([("p", "4", "4"), ("p", "5", "4")]).values.tolist() == [1.0, 0.0]
 
 
 def test_an_unknown_reward_is_refused_before_a_process_starts():
     with pytest.raises(ConfigError, match="math"):
-        RewardScorer("maths", 1, timeout_s=1.0)
+        scorer_of("maths", processes=1, timeout_s=1.0)
     assert not scoring_processes()
 
 
@@ -151,7 +157,7 @@ def test_a_function_that_only_the_owner_can_import_is_an_error_not_a_zero(tmp_pa
     __import__("vanishing_rewards")
     module.unlink()
     with (
-        RewardScorer("vanishing_rewards.reward", 1, timeout_s=1.0) as scorer,
+        scorer_of("vanishing_rewards.reward", processes=1, timeout_s=1.0) as scorer,
         pytest.raises(RuntimeError, match="start"),
     ):
         scorer.score([("p", "1", "a")])

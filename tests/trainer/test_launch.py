@@ -29,6 +29,10 @@ LAYOUTS = {
         "train.expert_parallel=2",
         "rollout.tensor_parallel=2",
         "rollout.data_parallel=1",
+        "reward.function=",
+        "reward.functions={format: 0.5, tests.trainer.reward_functions.many_digits: 2.0, math: 0.0}",
+        "eval.samples=3",
+        "eval.correct_at=0.5",
     ],
 }
 # What the second layout learns with instead of the launch file's GRPO.
@@ -45,8 +49,11 @@ ALGORITHMS = {
         "algorithm.kl_horizon=64",
         "algorithm.overlong_buffer_tokens=4",
         "algorithm.sampling_rounds=2",
-        "reward.function=tests.trainer.reward_functions.many_digits",
     ],
+}
+EVALUATION = {
+    "train-ep2-rollout-dp2ep2": {"pass@1"},
+    "train-tp2ep2-rollout-tp2": {"avg@3", "maj@3", "pass@1", "pass@2", "pass@3"},
 }
 
 
@@ -105,7 +112,7 @@ def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layo
     # The first log-probs are of the untrained policy, which is the reference; training then moves away from it.
     assert steps[0]["grad_norm"] > 0
     assert steps[1]["kl/reference"] > 0
-    assert "eval/reward_mean" in steps[1]
+    assert_rewards(steps, layout)
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert {"prompt", "response", "reward"} <= set(samples[0])
     for name in ["reward.png", "config.yaml", "profile/update.json", "checkpoints", "export/adapter"]:
@@ -123,6 +130,22 @@ def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layo
     assert_ledger(tmp_path)
     assert_export_loads(tmp_path)
     assert_nothing_is_left(tmp_path)
+
+
+def assert_rewards(steps, layout):
+    """Each function's mean is there, the reward is their weighted sum, and step 2 evaluates."""
+    digits = "reward/tests.trainer.reward_functions.share_of_digits"
+    for step in steps:
+        expected = step[digits]
+        if EVALUATION[layout] != {"pass@1"}:
+            expected = 0.5 * step["reward/format"] + 2.0 * step[digits]
+            assert step["reward/math"] >= 0.0
+        assert step["reward/mean"] == pytest.approx(expected, abs=1e-5)
+        assert step["data/epochs"] > 0
+    measured = {name for name in steps[1] if name.startswith("eval/")}
+    assert measured == {f"eval/{name}" for name in EVALUATION[layout] | {"reward_mean", "failures"}}
+    assert all(0.0 <= steps[1][f"eval/{name}"] <= 1.0 for name in EVALUATION[layout])
+    assert not [name for name in steps[0] if name.startswith("eval/")]
 
 
 def assert_ledger(folder):

@@ -61,6 +61,9 @@ def test_a_valid_file_passes_the_dry_run(launch_file, capsys):
         ("algorithm.dual_clip=1.1", "algorithm.dual_clip=1.1", "set algorithm.dual_clip to"),
         ("algorithm.overlong_buffer_tokens=17", "rollout.max_response_tokens=16", "to 16 or less"),
         ("algorithm.loss_aggregation=mean", "algorithm.loss_aggregation=mean", "sequence_sum_constant"),
+        ("reward.functions.fromat=1", "fromat", "format"),
+        ("data.prompt_template='{prompt}-{question}'", "no field 'question'", "data.prompt_template"),
+        ("data.train_path=/no/such.parquet", "/no/such.parquet", "data.train_path"),
     ],
 )
 def test_wrong_keys_are_answered_with_the_fix(launch_file, capsys, override, problem, fix):
@@ -71,6 +74,15 @@ def test_wrong_keys_are_answered_with_the_fix(launch_file, capsys, override, pro
     assert fix in message
     assert message.count("\n") == 1
     assert not ray.is_initialized()
+
+
+def test_the_dry_run_counts_the_prompts_it_leaves_out(launch_file, tmp_path, capsys):
+    data = rows(tmp_path, [{"prompt": "1+" * length, "answer": "2"} for length in (1, 1, 20, 1, 30)])
+    sizes = ["algorithm.prompts_per_step=2", "algorithm.prompts_per_mini_batch=2", "data.max_prompt_tokens=20"]
+    assert launch.main(["--config", str(launch_file), "--dry-run", f"data.train_path={data}", *sizes]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "prompts to train on 3 (0 held out)" in printed
+    assert "prompts left out 2 (longer than data.max_prompt_tokens=20)" in printed
 
 
 def test_layouts_that_do_not_divide_the_model_name_what_they_split(launch_file, capsys):
