@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qerl_rl.config.schema import Config
 from transfer_dock import TransferDock
 
@@ -28,8 +30,8 @@ CONSUMERS = {
 }
 
 
-def create_dock(config: Config) -> TransferDock:
-    """The dock of a run."""
+def create_dock(config: Config, restore: Path | None = None) -> TransferDock:
+    """The dock of a run; `restore` is a file with what was left in it when a checkpoint was written."""
     return TransferDock.create(
         columns=COLUMNS,
         consumers=CONSUMERS,
@@ -37,4 +39,5 @@ def create_dock(config: Config) -> TransferDock:
         capacity_bytes=config.dock.capacity_bytes,
         timeout=config.dock.timeout_s,
         lease_timeout=max(config.fault.rollout_timeout_s, config.fault.train_timeout_s),
+        restore=None if restore is None else str(restore),
     )

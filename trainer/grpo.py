@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from qerl_rl.algorithms.advantages import group_advantages
+from qerl_rl.train.checkpoint import step_folder
 from trainer.columns import create_dock
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder
+from trainer.resume import DOCK, run_state
 from trainer.shares import even_rows, group_rows, mini_batch_rows, update_shares
 from transfer_dock import Batch, Jagged, SampleKey
 from workers import WorkerGroup
@@ -20,15 +24,18 @@ class GrpoTrainer:
     def __init__(self, plan: Plan, workers: WorkerGroup, recorder: RunRecorder) -> None:
         self.plan, self.config = plan, plan.config
         self.workers, self.recorder = workers, recorder
-        self.dock = create_dock(plan.config)
+        self.first_step = plan.first_step
+        self.dock = create_dock(plan.config, restore=plan.resume.dock if plan.resume else None)
 
     def run(self) -> None:
-        """All steps, then the last checkpoint and the export."""
+        """All steps that are left, then the last checkpoint and the export."""
         try:
-            for step in range(1, self.config.run.steps + 1):
+            self._load()
+            for step in range(self.first_step, self.config.run.steps + 1):
                 with self.recorder.step(step) as record:
                     record.update(self._step(step))
                 self._save(step)
+            self._finish_checkpoint()
             self._export()
         finally:
             self.dock.close()
@@ -148,12 +155,33 @@ class GrpoTrainer:
         metrics.pop("entropy", None)
         return {**metrics, "train/tokens": float(algorithm.epochs_per_step * _token_count(batch))}
 
+    def _load(self) -> None:
+        point = self.plan.resume
+        if point is not None:
+            pending = self.workers.call("load_checkpoint", str(point.folder.resolve()), point.step)
+            pending.wait(timeout_s=self.config.fault.train_timeout_s)
+
     def _save(self, step: int) -> None:
+        """Have the state copied; it is written while the next step runs."""
         last, every = step == self.config.run.steps, self.config.checkpoint.every
         if last or (every and step % every == 0):
             with self.recorder.phase("checkpoint"):
-                folder = str(self.recorder.checkpoints.resolve())
-                self.workers.call("save_checkpoint", folder, step).wait(timeout_s=self.config.fault.train_timeout_s)
+                folder = self.recorder.checkpoints.resolve()
+                self._save_dock(step_folder(folder, step) / DOCK)
+                state = run_state(self.config, self.plan.prompts.state(), self.plan.prompts_needed)
+                pending = self.workers.call("save_checkpoint", str(folder), step, state)
+                pending.wait(timeout_s=self.config.fault.train_timeout_s)
+
+    def _save_dock(self, path: Path) -> None:
+        """Between two steps the dock is empty; only samples that outlive their step are worth a file."""
+        path.unlink(missing_ok=True)
+        if self.dock.status()["samples"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.dock.save(str(path))
+
+    def _finish_checkpoint(self) -> None:
+        with self.recorder.phase("checkpoint"):
+            self.workers.call("finish_checkpoint").wait(timeout_s=self.config.fault.train_timeout_s)
 
     def _export(self) -> None:
         if self.config.checkpoint.export:

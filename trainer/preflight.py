@@ -16,6 +16,7 @@ from qerl_rl.model.architecture import MoeArchitecture, check_layout
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.rewards import load_reward
 from qerl_rl.rollout.limits import check_expert_sizes
+from trainer.resume import ResumePoint, find_resume
 
 
 @dataclass
@@ -27,11 +28,23 @@ class Plan:
     tokenizer: Any
     prompts: PromptSource
     eval_prompts: list[Prompt]
+    prompts_needed: int
+    """How many prompts were drawn where the data is generated."""
+    resume: ResumePoint | None = None
+    """Where the run goes on from; None for a fresh start."""
+    resume_asked: str = "never"
+    """What --resume said."""
+
+    @property
+    def first_step(self) -> int:
+        """The first step to run, counted from 1."""
+        return self.resume.step + 1 if self.resume else 1
 
 
-def preflight(loaded: LoadedConfig) -> Plan:
-    """Check the launch file against itself, the model and the data.
+def preflight(loaded: LoadedConfig, resume: str = "never") -> Plan:
+    """Check the launch file against itself, the model, the data and the checkpoint that `resume` names, if any.
 
+    Args: resume: auto, never or a path, as `find_resume` takes it.
     Raises: ConfigError with the fix for the first thing that can't work.
     """
     config = loaded.config
@@ -47,8 +60,12 @@ def preflight(loaded: LoadedConfig) -> Plan:
     _check_model_layouts(loaded, architecture)
     load_reward(config.reward.function)
     tokenizer = _load_tokenizer(config.model.path)
-    train, evaluation = _load_data(loaded, tokenizer)
-    return Plan(config, architecture, tokenizer, train, evaluation)
+    point = find_resume(loaded, resume)
+    needed = point.state["prompts_needed"] if point else prompts_needed(config)
+    train, evaluation = _load_data(loaded, tokenizer, needed)
+    if point:
+        train.load_state(point.state["prompts"])
+    return Plan(config, architecture, tokenizer, train, evaluation, needed, point, resume)
 
 
 def _load_tokenizer(folder: str) -> Any:
@@ -102,9 +119,13 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture) ->
             )
 
 
-def _load_data(loaded: LoadedConfig, tokenizer: Any) -> tuple[PromptSource, list[Prompt]]:
+def prompts_needed(config: Config) -> int:
+    """Different prompts that a whole run can use."""
+    return config.run.steps * config.algorithm.prompts_per_step + (config.eval.prompts if config.eval.every else 0)
+
+
+def _load_data(loaded: LoadedConfig, tokenizer: Any, needed: int) -> tuple[PromptSource, list[Prompt]]:
     config = loaded.config
-    needed = config.run.steps * config.algorithm.prompts_per_step + (config.eval.prompts if config.eval.every else 0)
 
     def load(eval_path: str) -> list[Prompt]:
         return load_prompts(
@@ -151,6 +172,7 @@ def describe(plan: Plan) -> str:
     experts = f"experts over {train.expert_parallel} x tensor {train.expert_tensor_parallel}"
     rollout_ranks = f"tensor {rollout.tensor_parallel} x data {rollout.data_parallel}"
     sizes = {
+        "starts": f"after step {plan.resume.step} of {plan.resume.folder}" if plan.resume else "anew",
         "model": describe_model(plan.architecture),
         "prompts to train on": f"{len(plan.prompts)} ({len(plan.eval_prompts)} held out)",
         "prompts a step": config.algorithm.prompts_per_step,

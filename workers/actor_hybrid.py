@@ -148,9 +148,20 @@ class ActorHybridWorker:
                 for batch in batches
             ]
 
-    def save_checkpoint(self, folder: str, step: int) -> None:
-        """Write this rank's shard of the training state below `folder`."""
-        self.train.save_checkpoint(Path(folder), step)
+    def save_checkpoint(self, folder: str, step: int, run: dict[str, Any]) -> None:
+        """Copy this rank's training state and write it below `folder` while the next step runs; `run` joins the meta.
+
+        Raises: what went wrong with the checkpoint before.
+        """
+        self.train.save_checkpoint(Path(folder), step, extra={"run": run}, background=True)
+
+    def finish_checkpoint(self) -> None:
+        """Until the checkpoint under way is on the disk. Raises: what writing it raised."""
+        self.train.finish_checkpoint()
+
+    def load_checkpoint(self, folder: str, step: int) -> None:
+        """Continue from the checkpoint of `step` below `folder`; the rollout engine gets it with the next swap."""
+        self.train.load_checkpoint(Path(folder), step)
 
     def export(self, folder: str) -> None:
         """Write the merged HF model and the adapter below `folder`; collective, rank 0 writes."""
