@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import socket
 from collections.abc import Sequence
@@ -69,6 +70,7 @@ class ActorHybridWorker:
         )
         self.swap = Swap(self.train, self.rollout, self.config.swap, self.config.noise, self.config.run)
         self.rollout.release_kv_cache()
+        seed_global_generators(self.config.run.seed, self.rank)
         return {
             "train_data_rank": self.train.data_parallel_rank,
             "rollout_data_rank": self.rank // self.config.rollout.tensor_parallel,
@@ -170,6 +172,13 @@ class ActorHybridWorker:
     def peak_bytes(self) -> int:
         """The most memory this process has held, in bytes."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def seed_global_generators(seed: int, rank: int) -> None:
+    """Python and numpy start from the operating system's randomness; a loss of one's own may draw from them."""
+    state = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
 
 
 def put_responses(dock: TransferDock, keys: list[SampleKey], output: Any) -> None:
