@@ -153,12 +153,12 @@ class ActorHybridWorker:
     def save_checkpoint(self, folder: str, step: int, run: dict[str, Any]) -> None:
         """Copy this rank's training state and write it below `folder` while the next step runs; `run` joins the meta.
 
-        Raises: what went wrong with the checkpoint before.
+        Raises: CheckpointError when the one before could not be written.
         """
         self.train.save_checkpoint(Path(folder), step, extra={"run": run}, background=True)
 
     def finish_checkpoint(self) -> None:
-        """Until the checkpoint under way is on the disk. Raises: what writing it raised."""
+        """Until the checkpoint under way is on the disk. Raises: CheckpointError."""
         self.train.finish_checkpoint()
 
     def load_checkpoint(self, folder: str, step: int) -> None:

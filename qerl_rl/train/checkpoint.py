@@ -15,7 +15,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ _NAME = re.compile(r"step_(\d{8})$")
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; the one before it still counts."""
+
+
+@contextmanager
+def naming(step: int) -> Iterator[None]:
+    """Inside, an error of the file system says of which checkpoint: it may come up steps later."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint of step {step} was not written: {error}") from error
 
 
 def write_durably(path: Path, write: Callable[[Path], None]) -> None:

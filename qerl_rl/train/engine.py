@@ -230,7 +230,7 @@ class TrainEngine:
         rank 0's makes it count when all have. The next save, or `finish_checkpoint`, waits for that.
 
         Args: extra: more for the meta, as JSON takes it.
-        Raises: what writing raised, here or in the background of the save before.
+        Raises: CheckpointError when this, or the one before in the background, could not be written.
         """
         self._require_state("save_checkpoint")
         self.finish_checkpoint()
@@ -247,10 +247,11 @@ class TrainEngine:
         dist.barrier()
 
         def write() -> None:
-            checkpoint.write_rank(folder, step, rank, tensors, adapters)
-            if rank == 0:
-                checkpoint.wait_for_ranks(folder, step, ranks, timeout_s)
-                checkpoint.finish(folder, step, meta, keep)
+            with checkpoint.naming(step):
+                checkpoint.write_rank(folder, step, rank, tensors, adapters)
+                if rank == 0:
+                    checkpoint.wait_for_ranks(folder, step, ranks, timeout_s)
+                    checkpoint.finish(folder, step, meta, keep)
 
         self._writer.start(write)
         if not background:
@@ -258,7 +259,7 @@ class TrainEngine:
             dist.barrier()
 
     def finish_checkpoint(self) -> None:
-        """Until the checkpoint that is being written is on the disk. Raises: what writing it raised."""
+        """Until the checkpoint that is being written is on the disk. Raises: CheckpointError."""
         self._writer.wait()
 
     def load_checkpoint(self, folder: str | Path, step: int | None = None) -> int:

@@ -13,9 +13,11 @@ import launch
 from qerl_rl.config.loader import load_config
 from qerl_rl.quant.fingerprint import fingerprint
 from qerl_rl.train import checkpoint
+from trainer.grpo import GrpoTrainer
 from trainer.preflight import preflight
 from trainer.resume import run_state
 from trainer.run import start_lines
+from transfer_dock import SampleKey
 
 PLACES = ["cluster.workers=4", "rollout.data_parallel=4"]
 
@@ -190,6 +192,38 @@ def test_a_broken_meta_names_its_file(run_folder, capsys):
 def test_the_dry_run_says_where_it_would_start(run_folder, capsys):
     assert launch.main(["--config", str(run_folder / "launch.yaml"), "--dry-run", "--resume", "auto"]) == 0
     assert "after step 4 of" in capsys.readouterr().out
+
+
+@pytest.fixture
+def running_ray():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def test_samples_that_were_left_in_the_dock_come_back(run_folder, running_ray):
+    file = run_folder / "run" / "checkpoints" / "step_00000004" / "dock"
+    plan = resumed(run_folder, "auto")
+    trainer = GrpoTrainer(plan, None, None)
+    trainer._put_prompts(5)
+    trainer._save_dock(file)
+    trainer.dock.close()
+    given = resumed(run_folder, "auto").prompts.next(16)
+    other = GrpoTrainer(resumed(run_folder, "auto"), None, None)
+    size = plan.config.algorithm.samples_per_prompt
+    batch = other.dock.get("rollout", 16 * size, whole_groups=True, step=5)
+    found = {key: row.tolist() for key, row in zip(batch.keys, batch.columns["prompts"].rows(), strict=True)}
+    assert found == {
+        SampleKey(5, group, index): prompt.tokens.tolist()
+        for group, prompt in enumerate(given)
+        for index in range(size)
+    }
+    # A dock without samples leaves no file, and takes an older one away.
+    other.dock.ack(batch)
+    other.dock.close_step(5)
+    other._save_dock(file)
+    assert not file.exists()
+    other.dock.close()
 
 
 def test_a_fingerprint_is_of_the_content(run_folder):
