@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from qerl_rl.algorithms.advantages import group_advantages
+from qerl_rl.quant.fingerprint import fingerprint
 from qerl_rl.train.checkpoint import step_folder
 from trainer.columns import create_dock
 from trainer.preflight import Plan
@@ -25,6 +27,7 @@ class GrpoTrainer:
         self.plan, self.config = plan, plan.config
         self.workers, self.recorder = workers, recorder
         self.first_step = plan.first_step
+        self._model = fingerprint(plan.config.model.path)
         self.dock = create_dock(plan.config, restore=plan.resume.dock if plan.resume else None)
 
     def run(self) -> None:
@@ -168,9 +171,16 @@ class GrpoTrainer:
             with self.recorder.phase("checkpoint"):
                 folder = self.recorder.checkpoints.resolve()
                 self._save_dock(step_folder(folder, step) / DOCK)
-                state = run_state(self.config, self.plan.prompts.state(), self.plan.prompts_needed)
+                state = self._state()
                 pending = self.workers.call("save_checkpoint", str(folder), step, state)
                 pending.wait(timeout_s=self.config.fault.train_timeout_s)
+
+    def _state(self) -> dict[str, Any]:
+        """What this process has to know to go on; the workers keep the rest."""
+        plan = self.plan
+        return run_state(
+            self.config, model=self._model, prompts=plan.prompts.state(), prompts_needed=plan.prompts_needed
+        )
 
     def _save_dock(self, path: Path) -> None:
         """Between two steps the dock is empty; only samples that outlive their step are worth a file."""

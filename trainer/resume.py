@@ -82,14 +82,15 @@ def checkpoints_of(config: Config) -> Path:
     return Path(config.run.output_dir) / "checkpoints"
 
 
-def run_state(config: Config, prompts: dict[str, int], prompts_needed: int) -> dict[str, Any]:
+def run_state(config: Config, *, model: str, prompts: dict[str, int], prompts_needed: int) -> dict[str, Any]:
     """What the trainer keeps in a checkpoint: the launch file, the model's identity, the place in the data.
 
-    Args: prompts: the state of the prompt source. prompts_needed: how many prompts were drawn where data is generated.
+    Args: model: the fingerprint of its folder. prompts: the state of the prompt source. prompts_needed: how many
+    prompts were drawn where data is generated.
     """
     return {
         "config": dataclasses.asdict(config),
-        "model": fingerprint(config.model.path),
+        "model": model,
         "prompts": prompts,
         "prompts_needed": prompts_needed,
     }

@@ -41,7 +41,8 @@ def run_folder(tmp_path, tiny_w8a8):
 
 
 def state_of(plan):
-    return run_state(plan.config, plan.prompts.state(), plan.prompts_needed)
+    model = fingerprint(plan.config.model.path)
+    return run_state(plan.config, model=model, prompts=plan.prompts.state(), prompts_needed=plan.prompts_needed)
 
 
 def write_checkpoint(folder, step, state, keep=9):
