@@ -1,4 +1,4 @@
-"""Start a run: `python launch.py --config configs/NAME.yaml [section.key=value ...] [--dry-run]`.
+"""Start a run: `python launch.py --config configs/NAME.yaml [section.key=value ...] [--dry-run] [--resume auto]`.
 
 Reads the launch file and the overrides, starts or joins Ray, runs the trainer. Exit codes: 0 done, 1 a run that failed,
 2 wrong input (nothing was started), 130 interrupted.
@@ -18,6 +18,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launch.py", description="Reinforcement-learn a quantized MoE model.")
     parser.add_argument("--config", required=True, metavar="YAML", help="a launch file, such as those in configs/")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print it, start nothing")
+    parser.add_argument(
+        "--resume",
+        default="never",
+        metavar="auto|never|PATH",
+        help="auto goes on from the newest complete checkpoint of run.output_dir (a fresh start if there is none), "
+        "PATH from that one; never, the default, starts anew",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys to set on top of the file")
     return parser.parse_intermixed_args(arguments)
 
@@ -27,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from trainer.preflight import describe, preflight
 
-        plan = preflight(load_config(options.config, options.overrides))
+        plan = preflight(load_config(options.config, options.overrides), options.resume)
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2

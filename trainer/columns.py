@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qerl_rl.config.schema import Config
 from transfer_dock import TransferDock
 
@@ -32,8 +34,11 @@ CONSUMERS = {
 }
 
 
-def create_dock(config: Config) -> TransferDock:
-    """The dock of a run; only one that may sample again selects."""
+def create_dock(config: Config, restore: Path | None = None) -> TransferDock:
+    """The dock of a run; only one that may sample again selects.
+
+    Args: restore: a file with what was left in it when a checkpoint was written.
+    """
     consumers = dict(CONSUMERS)
     if config.algorithm.sampling_rounds == 1:
         del consumers["selection"]
@@ -44,4 +49,5 @@ def create_dock(config: Config) -> TransferDock:
         capacity_bytes=config.dock.capacity_bytes,
         timeout=config.dock.timeout_s,
         lease_timeout=max(config.fault.rollout_timeout_s, config.fault.train_timeout_s),
+        restore=None if restore is None else str(restore),
     )

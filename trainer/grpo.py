@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -9,11 +12,14 @@ from qerl_rl.algorithms.choices import advantages_by_token
 from qerl_rl.algorithms.dapo import kept_samples
 from qerl_rl.algorithms.kl import next_kl_coefficient
 from qerl_rl.algorithms.sequences import sequence_ids, sequence_means
+from qerl_rl.quant.fingerprint import fingerprint
+from qerl_rl.train.checkpoint import step_folder
 from trainer.columns import create_dock
 from trainer.evaluation import evaluate, prefixed
 from trainer.outcome import step_outcome
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder
+from trainer.resume import DOCK, run_state
 from trainer.selection import Selection
 from trainer.shares import even_rows, group_rows, kept_rows, mini_batch_rows, update_shares
 from transfer_dock import Batch, Jagged, SampleKey
@@ -26,17 +32,22 @@ class GrpoTrainer:
     def __init__(self, plan: Plan, workers: WorkerGroup, recorder: RunRecorder) -> None:
         self.plan, self.config = plan, plan.config
         self.workers, self.recorder = workers, recorder
-        self.dock = create_dock(plan.config)
-        self.kl_coefficient = plan.config.algorithm.kl_coefficient
+        self.first_step = plan.first_step
+        self._model = fingerprint(plan.config.model.path)
+        point = plan.resume
+        self.dock = create_dock(plan.config, restore=point.dock if point else None)
+        self.kl_coefficient = point.state["kl_coefficient"] if point else plan.config.algorithm.kl_coefficient
         """Of the next update; algorithm.kl_target steers it."""
 
     def run(self) -> None:
-        """All steps, then the last checkpoint and the export."""
+        """All steps that are left, then the last checkpoint and the export."""
         try:
-            for step in range(1, self.config.run.steps + 1):
+            self._load()
+            for step in range(self.first_step, self.config.run.steps + 1):
                 with self.recorder.step(step) as record:
                     record.update(self._step(step))
                 self._save(step)
+            self._finish_checkpoint()
             self._export()
         finally:
             self.dock.close()
@@ -174,12 +185,43 @@ class GrpoTrainer:
         )
         return metrics
 
+    def _load(self) -> None:
+        point = self.plan.resume
+        if point is not None:
+            pending = self.workers.call("load_checkpoint", str(point.folder.resolve()), point.step)
+            pending.wait(timeout_s=self.config.fault.train_timeout_s)
+
     def _save(self, step: int) -> None:
+        """Have the state copied; it is written while the next step runs."""
         last, every = step == self.config.run.steps, self.config.checkpoint.every
         if last or (every and step % every == 0):
             with self.recorder.phase("checkpoint"):
-                folder = str(self.recorder.checkpoints.resolve())
-                self.workers.call("save_checkpoint", folder, step).wait(timeout_s=self.config.fault.train_timeout_s)
+                folder = self.recorder.checkpoints.resolve()
+                self._save_dock(step_folder(folder, step) / DOCK)
+                state = self._state()
+                pending = self.workers.call("save_checkpoint", str(folder), step, state)
+                pending.wait(timeout_s=self.config.fault.train_timeout_s)
+
+    def _state(self) -> dict[str, Any]:
+        """What this process has to know to go on; the workers keep the rest."""
+        return run_state(
+            self.config,
+            model=self._model,
+            prompts=self.plan.prompts.state(),
+            prompts_needed=self.plan.prompts_needed,
+            kl_coefficient=self.kl_coefficient,
+        )
+
+    def _save_dock(self, path: Path) -> None:
+        """Between two steps the dock is empty; only samples that outlive their step are worth a file."""
+        path.unlink(missing_ok=True)
+        if self.dock.status()["samples"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.dock.save(str(path))
+
+    def _finish_checkpoint(self) -> None:
+        with self.recorder.phase("checkpoint"):
+            self.workers.call("finish_checkpoint").wait(timeout_s=self.config.fault.train_timeout_s)
 
     def _export(self) -> None:
         if self.config.checkpoint.export:

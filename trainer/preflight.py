@@ -19,6 +19,7 @@ from qerl_rl.model.architecture import MoeArchitecture, check_layout
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.rewards import load_rewards
 from qerl_rl.rollout.limits import check_expert_sizes
+from trainer.resume import ResumePoint, find_resume
 
 
 @dataclass
@@ -32,11 +33,23 @@ class Plan:
     eval_prompts: list[Prompt]
     left_out: int
     """Prompts, of training and evaluation, that data.max_prompt_tokens keeps away."""
+    prompts_needed: int
+    """How many prompts were drawn where the data is generated."""
+    resume: ResumePoint | None = None
+    """Where the run goes on from; None for a fresh start."""
+    resume_asked: str = "never"
+    """What --resume said."""
+
+    @property
+    def first_step(self) -> int:
+        """The first step to run, counted from 1."""
+        return self.resume.step + 1 if self.resume else 1
 
 
-def preflight(loaded: LoadedConfig) -> Plan:
-    """Check the launch file against itself, the model and the data.
+def preflight(loaded: LoadedConfig, resume: str = "never") -> Plan:
+    """Check the launch file against itself, the model, the data and the checkpoint that `resume` names, if any.
 
+    Args: resume: auto, never or a path, as `find_resume` takes it.
     Raises: ConfigError with the fix for the first thing that can't work.
     """
     config = loaded.config
@@ -53,8 +66,12 @@ def preflight(loaded: LoadedConfig) -> Plan:
     load_rewards(config.reward)
     _check_functions(loaded)
     tokenizer = _load_tokenizer(config.model.path)
-    train, evaluation, left_out = _load_data(loaded, tokenizer)
-    return Plan(config, architecture, tokenizer, train, evaluation, left_out)
+    point = find_resume(loaded, resume)
+    needed = point.state["prompts_needed"] if point else prompts_needed(config)
+    train, evaluation, left_out = _load_data(loaded, tokenizer, needed)
+    if point:
+        train.load_state(point.state["prompts"])
+    return Plan(config, architecture, tokenizer, train, evaluation, left_out, needed, point, resume)
 
 
 def _load_tokenizer(folder: str) -> Any:
@@ -122,9 +139,14 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture) ->
             )
 
 
-def _load_data(loaded: LoadedConfig, tokenizer: Any) -> tuple[PromptSource, list[Prompt], int]:
+def prompts_needed(config: Config) -> int:
+    """Different prompts that a whole run can use."""
+    evaluation, algorithm = config.eval.prompts if config.eval.every else 0, config.algorithm
+    return config.run.steps * algorithm.prompts_per_step * algorithm.sampling_rounds + evaluation
+
+
+def _load_data(loaded: LoadedConfig, tokenizer: Any, needed: int) -> tuple[PromptSource, list[Prompt], int]:
     config = loaded.config
-    needed = config.run.steps * config.algorithm.prompts_per_step + (config.eval.prompts if config.eval.every else 0)
 
     def load(eval_path: str) -> PromptSet:
         return load_prompts(
@@ -175,6 +197,7 @@ def describe(plan: Plan) -> str:
     experts = f"experts over {train.expert_parallel} x tensor {train.expert_tensor_parallel}"
     rollout_ranks = f"tensor {rollout.tensor_parallel} x data {rollout.data_parallel}"
     sizes = {
+        "starts": f"after step {plan.resume.step} of {plan.resume.folder}" if plan.resume else "anew",
         "model": describe_model(plan.architecture),
         "prompts to train on": f"{len(plan.prompts)} ({len(plan.eval_prompts)} held out)",
         "prompts left out": f"{plan.left_out} (longer than data.max_prompt_tokens={config.data.max_prompt_tokens})",

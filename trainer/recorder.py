@@ -16,8 +16,9 @@ from qerl_rl.config.loader import to_yaml
 from qerl_rl.config.schema import Config
 from qerl_rl.metrics.console import RunDisplay
 from qerl_rl.metrics.plot import plot_run
-from qerl_rl.metrics.tracker import Tracker
+from qerl_rl.metrics.tracker import Tracker, keep_before
 from qerl_rl.reshard.ledger import SwapReport
+from trainer.resume import checkpoints_of
 from transfer_dock import Batch
 
 TIMED = ("rollout", "swap", "reward", "log_probs", "update")
@@ -26,22 +27,23 @@ TIMED = ("rollout", "swap", "reward", "log_probs", "update")
 class RunRecorder:
     """Times the phases of each step, and writes and shows what came of them.
 
-    Args: config: the run. display: shows it. `memory` gives the peak bytes of all processes, once a step; until the
+    Args: config: the run. display: shows it. first_step: what an earlier process wrote of it and later steps is cut.
+    `memory` gives the peak bytes of all processes, once a step; until the
     workers are there, that of this process.
     """
 
-    def __init__(self, config: Config, display: RunDisplay) -> None:
+    def __init__(self, config: Config, display: RunDisplay, *, first_step: int = 1) -> None:
         self.config, self.display = config, display
         self.folder = Path(config.run.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        self.checkpoints, self.export = self.folder / "checkpoints", self.folder / "export"
-        self.tracker = Tracker(self.folder, config.track)
+        self.checkpoints, self.export = checkpoints_of(config), self.folder / "export"
+        self.tracker = Tracker(self.folder, config.track, first_step=first_step)
         self.memory: Callable[[], int] = own_peak_bytes
         self._seconds: dict[str, float] = {}
         self._swaps = self.folder / "swaps.jsonl"
-        self._swaps.unlink(missing_ok=True)
-        self._step = 0
+        keep_before(self._swaps, first_step)
+        self._first_step, self._step = first_step, 0
 
     @contextmanager
     def step(self, number: int) -> Iterator[dict[str, float]]:
@@ -85,7 +87,7 @@ class RunRecorder:
             for rank, report in enumerate(reports):
                 row = {"step": self._step, "rank": rank, **dataclasses.asdict(report), "ledger": report.line()}
                 file.write(json.dumps(row) + "\n")
-        if self._step == 1:
+        if self._step == self._first_step:
             self.display.note(f"rank 0: {reports[0].line()}")
 
     def samples(self, step: int, batch: Batch, advantages: np.ndarray) -> None:

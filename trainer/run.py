@@ -14,9 +14,11 @@ import ray
 
 from qerl_rl.config.schema import ClusterConfig
 from qerl_rl.metrics.console import RunDisplay
+from qerl_rl.train.checkpoint import complete_steps, tidy
 from trainer.grpo import GrpoTrainer
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder, own_peak_bytes
+from trainer.resume import checkpoints_of
 from transfer_dock import DockError
 from workers import WorkerError, WorkerGroup
 
@@ -24,11 +26,15 @@ from workers import WorkerError, WorkerGroup
 def run(plan: Plan) -> int:
     """Train; returns the exit code (0 done, 1 failed, 130 interrupted)."""
     config = plan.config
-    display = RunDisplay(config.run.steps, config.samples_per_step, config.track.console)
+    display = RunDisplay(config.run.steps, config.samples_per_step, config.track.console, first_step=plan.first_step)
+    if config.track.console != "quiet":
+        for line in start_lines(plan):
+            print(line, flush=True)
+    tidy(checkpoints_of(config), plan.first_step - 1)
     try:
         with ExitStack() as stack:
             stack.enter_context(display)
-            recorder = RunRecorder(config, display)
+            recorder = RunRecorder(config, display, first_step=plan.first_step)
             with recorder.phase("start"):
                 stack.enter_context(connected(config.cluster))
                 workers = stack.enter_context(WorkerGroup(config))
@@ -42,6 +48,21 @@ def run(plan: Plan) -> int:
         print("interrupted: every process of the run was stopped.", file=sys.stderr)
         return 130
     return 0
+
+
+def start_lines(plan: Plan) -> list[str]:
+    """Where the run starts from, and what will not be as without the interruption."""
+    aside = [step for step in complete_steps(checkpoints_of(plan.config)) if step >= plan.first_step]
+    lines = []
+    if plan.resume:
+        lines.append(f"resume: after step {plan.resume.step} of {plan.resume.folder}")
+        lines += [f"resume: {remark}" for remark in plan.resume.remarks]
+    elif plan.resume_asked != "never":
+        lines.append(f"resume: a fresh start, {checkpoints_of(plan.config)} holds no complete checkpoint")
+    if aside:
+        steps = ", ".join(map(str, aside))
+        lines.append(f"checkpoints of other steps ({steps}) move to {checkpoints_of(plan.config)}.old")
+    return lines
 
 
 @contextmanager

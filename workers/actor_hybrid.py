@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import resource
 import socket
 from collections.abc import Sequence
@@ -70,6 +71,7 @@ class ActorHybridWorker:
         )
         self.swap = Swap(self.train, self.rollout, self.config.swap, self.config.noise, self.config.run)
         self.rollout.release_kv_cache()
+        seed_global_generators(self.config.run.seed, self.rank)
         return {
             "train_data_rank": self.train.data_parallel_rank,
             "rollout_data_rank": self.rank // self.config.rollout.tensor_parallel,
@@ -157,9 +159,20 @@ class ActorHybridWorker:
                 for batch in batches
             ]
 
-    def save_checkpoint(self, folder: str, step: int) -> None:
-        """Write this rank's shard of the training state below `folder`."""
-        self.train.save_checkpoint(Path(folder), step)
+    def save_checkpoint(self, folder: str, step: int, run: dict[str, Any]) -> None:
+        """Copy this rank's training state and write it below `folder` while the next step runs; `run` joins the meta.
+
+        Raises: CheckpointError when the one before could not be written.
+        """
+        self.train.save_checkpoint(Path(folder), step, extra={"run": run}, background=True)
+
+    def finish_checkpoint(self) -> None:
+        """Until the checkpoint under way is on the disk. Raises: CheckpointError."""
+        self.train.finish_checkpoint()
+
+    def load_checkpoint(self, folder: str, step: int) -> None:
+        """Continue from the checkpoint of `step` below `folder`; the rollout engine gets it with the next swap."""
+        self.train.load_checkpoint(Path(folder), step)
 
     def export(self, folder: str) -> None:
         """Write the merged HF model and the adapter below `folder`; collective, rank 0 writes."""
@@ -168,6 +181,13 @@ class ActorHybridWorker:
     def peak_bytes(self) -> int:
         """The most memory this process has held, in bytes."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def seed_global_generators(seed: int, rank: int) -> None:
+    """Python and numpy start from the operating system's randomness; a loss of one's own may draw from them."""
+    state = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
 
 
 def put_responses(dock: TransferDock, keys: list[SampleKey], output: Any) -> None:

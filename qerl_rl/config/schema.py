@@ -255,7 +255,7 @@ class CheckpointConfig:
     every: int = 0
     """Steps between checkpoints; 0 writes one at the end only."""
     keep: int = 2
-    """Newest checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk; an older one goes when a newer one is complete."""
     export: bool = True
     """At the end, write the merged model in HF format and the adapter in PEFT format."""
 

@@ -29,12 +29,12 @@ class Tracker:
         self.metrics_path = folder / "metrics.jsonl"
         self.samples_path = folder / "samples.jsonl"
         self.tensorboard_path = folder / "tensorboard"
-        self.history = _keep_before(self.metrics_path, first_step)
+        self.history = keep_before(self.metrics_path, first_step)
         """The metrics of every step in metrics.jsonl, oldest first."""
         self._metrics = self.metrics_path.open("a", encoding="utf-8")
         self._samples = None
         if track.samples:
-            _keep_before(self.samples_path, first_step)
+            keep_before(self.samples_path, first_step)
             self._samples = self.samples_path.open("a", encoding="utf-8")
         self._events = None
         if track.tensorboard:
@@ -89,8 +89,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _keep_before(path: Path, first_step: int) -> list[dict[str, Any]]:
-    """Drop the lines of first_step and later from the file; returns what stays."""
+def keep_before(path: Path, first_step: int) -> list[dict[str, Any]]:
+    """Drop the lines of `first_step` and later from a file of JSON lines with a `step`; returns what stays."""
     if not path.exists():
         return []
     kept = [entry for entry in read_metrics(path) if entry["step"] < first_step]

@@ -89,6 +89,10 @@ class CheckpointReader:
         """The shape of a tensor, without reading it."""
         return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor as safetensors names it (F32, BF16, I8), without reading it."""
+        return self._handle(self._file_of[name]).get_slice(name).get_dtype()
+
     def is_quantized(self, name: str) -> bool:
         """Whether the weight `name` (X.weight) is int8 with scales in X.weight_scale."""
         return f"{name}_scale" in self._file_of

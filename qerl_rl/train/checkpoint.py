@@ -1,9 +1,10 @@
-"""Sharded checkpoints of the train state: each rank writes its own file, and the meta, written last, makes it count.
+"""The files of a checkpoint: each rank writes its own, and the meta, written last, makes the checkpoint count.
 
-FOLDER/step_00000010/rank_00000.safetensors   rank 0: trainable parameters, Adam state, random state
-FOLDER/step_00000010/adapters.safetensors     all adapters, unsharded: any other layout can start from them
-FOLDER/step_00000010/meta.json                step, updates and layout; written last
+FOLDER/step_00000010/rank_00000.safetensors   rank 0: trainable parameters, Adam state, random states
+FOLDER/step_00000010/adapters.safetensors     all adapters, unsharded: for other programs
+FOLDER/step_00000010/meta.json                step, updates, layout, every rank's place in it, and what the caller adds
 
+Every file appears whole (temporary name, fsync, rename). A folder without a meta is half-written: it is never read.
 Ranks on several machines need a shared FOLDER.
 """
 
@@ -13,7 +14,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,94 +28,177 @@ from qerl_rl.config.errors import ConfigError
 
 META = "meta.json"
 ADAPTERS = "adapters.safetensors"
+POLL_SECONDS = 0.05
+"""How often rank 0 looks for the files of the others."""
 _NAME = re.compile(r"step_(\d{8})$")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the one before it still counts."""
+
+
+@contextmanager
+def naming(step: int) -> Iterator[None]:
+    """Inside, an error of the file system says of which checkpoint: it may come up steps later."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint of step {step} was not written: {error}") from error
 
 
 def write_durably(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, bring it to the disk, and only then give it its name."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
-    for target in (temporary, path.parent):
-        descriptor = os.open(target, os.O_RDONLY)
+    _to_disk(temporary)
+    temporary.replace(path)
+    _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         os.fsync(descriptor)
+    finally:
         os.close(descriptor)
-        if target is temporary:
-            temporary.replace(path)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
+# ---- which there are
+
+
 def step_folder(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's folder is named after; None for another name."""
+    match = _NAME.match(path.name)
+    return int(match[1]) if match else None
+
+
+def is_complete(path: Path) -> bool:
+    return (path / META).is_file()
+
+
+def _step_folders(folder: str | Path) -> dict[int, Path]:
+    found = {step_of(path): path for path in Path(folder).glob("step_*")}
+    return {step: found[step] for step in sorted(step for step in found if step is not None)}
+
+
 def complete_steps(folder: str | Path) -> list[int]:
     """Steps of the complete checkpoints in `folder`, ascending."""
-    found = [(_NAME.match(path.name), path) for path in Path(folder).glob("step_*")]
-    return sorted(int(match[1]) for match, path in found if match and (path / META).is_file())
+    return [step for step, path in _step_folders(folder).items() if is_complete(path)]
 
 
-def save_rank(
+def tidy(folder: str | Path, last_step: int) -> list[int]:
+    """Make way for a run that goes on after `last_step` (0: a fresh one).
+
+    Half-written checkpoints are removed; complete ones of later steps, which this run did not take, move to FOLDER.old.
+    Returns the steps that moved.
+    """
+    folder = Path(folder)
+    moved = []
+    for step, path in _step_folders(folder).items():
+        if not is_complete(path):
+            shutil.rmtree(path)
+        elif step > last_step:
+            target = folder.with_name(f"{folder.name}.old") / path.name
+            target.parent.mkdir(exist_ok=True)
+            _remove(target)
+            path.replace(target)
+            moved.append(step)
+    return moved
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that a crash in between leaves an incomplete one, never one with files missing."""
+    (path / META).unlink(missing_ok=True)
+    if path.exists():
+        shutil.rmtree(path)
+
+
+# ---- writing
+
+
+def begin(folder: str | Path, step: int) -> Path:
+    """Make the folder of `step` ready (rank 0, before any rank writes): what stood there counts no more."""
+    target = step_folder(folder, step)
+    target.mkdir(parents=True, exist_ok=True)
+    for stale in (target / META, target / ADAPTERS, *target.glob("rank_*")):
+        stale.unlink(missing_ok=True)
+    return target
+
+
+def write_rank(
     folder: str | Path,
     step: int,
     rank: int,
     tensors: Mapping[str, torch.Tensor],
     adapters: Mapping[str, torch.Tensor],
-    barrier: Callable[[], None],
 ) -> None:
-    """Write what rank `rank` keeps; rank 0 writes the adapters too. Collective through `barrier`.
-
-    A checkpoint of this step that is there already stops counting first, so a crash never leaves a mixture.
-    """
+    """Write what rank `rank` keeps; rank 0 writes the adapters too. Needs no other rank."""
     target = step_folder(folder, step)
-    if rank == 0:
-        target.mkdir(parents=True, exist_ok=True)
-        (target / META).unlink(missing_ok=True)
-    barrier()
-    write_durably(target / _rank_file(rank), lambda path: save_tensors(path, tensors))
     if rank == 0 and adapters:
         write_durably(target / ADAPTERS, lambda path: save_tensors(path, adapters))
-    barrier()
+    write_durably(target / _rank_file(rank), lambda path: save_tensors(path, tensors))
+
+
+def wait_for_ranks(folder: str | Path, step: int, ranks: int, timeout_s: float) -> None:
+    """Until all ranks have written. Files, not a collective: the ranks' main threads are at the next step by now.
+
+    Raises: CheckpointError after `timeout_s` seconds, with the files that did not appear.
+    """
+    target, deadline = step_folder(folder, step), time.monotonic() + timeout_s
+    while missing := [_rank_file(rank) for rank in range(ranks) if not (target / _rank_file(rank)).is_file()]:
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"waited {timeout_s:.0f} s for {', '.join(missing)} in {target} (ranks on several machines need a "
+                "shared folder)"
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def finish(folder: str | Path, step: int, meta: Mapping[str, Any], keep: int) -> None:
     """Make the checkpoint of `step` count (rank 0, once all ranks have written); only the newest `keep` stay."""
     text = json.dumps({"step": step, **meta}, indent=1)
     write_durably(step_folder(folder, step) / META, lambda path: _write_text(path, text))
+    _to_disk(Path(folder))
     complete = complete_steps(folder)
     stay = {step, *(complete[-keep:] if keep > 0 else complete)}
-    for path in Path(folder).glob("step_*"):
-        match = _NAME.match(path.name)
-        if match and int(match[1]) not in stay:
-            shutil.rmtree(path)
+    for found, path in _step_folders(folder).items():
+        if found not in stay:
+            _remove(path)
 
 
-def load_meta(folder: str | Path, layout: Mapping[str, Any]) -> dict[str, Any]:
-    """The meta of the newest complete checkpoint.
+# ---- reading
 
-    Raises: ConfigError when there is none, or when it was written by another layout than `layout`.
+
+def read_meta(folder: str | Path, step: int | None = None) -> dict[str, Any]:
+    """The meta of the checkpoint of `step`, by default of the newest complete one.
+
+    Raises: ConfigError when there is none.
     """
     steps = complete_steps(folder)
-    if not steps:
-        raise ConfigError(f"{folder} holds no complete checkpoint.", fix="give the checkpoint folder of a run")
-    target = step_folder(folder, steps[-1])
-    meta = json.loads((target / META).read_text())
-    written = meta["layout"]
-    different = [key for key in layout if written.get(key) != layout[key]]
-    if different:
-        pairs = ", ".join(f"{key}={written.get(key)} (now {layout[key]})" for key in different)
+    if not steps or (step is not None and step not in steps):
+        which = "no complete checkpoint" if step is None else f"no complete checkpoint of step {step}"
+        raise ConfigError(f"{folder} holds {which}.", fix="give the checkpoint folder of a run")
+    path = step_folder(folder, steps[-1] if step is None else step) / META
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"the checkpoint was written with {pairs}.",
-            fix=f"resume with the layout it was written with, or start anew from {target / ADAPTERS}",
-            where=str(target),
-        )
-    return meta
+            f"{META} of a checkpoint can't be read: {error}.",
+            fix="remove that checkpoint folder to resume from the one before",
+            where=str(path),
+        ) from None
 
 
 def load_rank(folder: str | Path, step: int, rank: int) -> dict[str, torch.Tensor]:
-    """What `save_rank` wrote. Raises: ConfigError when the file is missing or broken."""
+    """What `write_rank` wrote. Raises: ConfigError when the file is missing or broken."""
     path = step_folder(folder, step) / _rank_file(rank)
     try:
         return load_file(path)
@@ -125,7 +211,7 @@ def load_rank(folder: str | Path, step: int, rank: int) -> dict[str, torch.Tenso
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def _rank_file(rank: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ import torch
 import torch.distributed as dist
 
 from qerl_rl.algorithms.sequences import AGGREGATIONS, TOKEN_MEAN
+from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import Config
 from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.platform import detect, prepare_megatron
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.train import checkpoint, export
+from qerl_rl.train.background import BackgroundWriter
 from qerl_rl.train.exchange import largest_over, sum_over_ranks
 from qerl_rl.train.offload import Offloader, SpillFile, StateStore
 from qerl_rl.train.packing import Pack, make_pack, partition_alike
@@ -25,6 +28,8 @@ from qerl_rl.train.samples import Samples
 
 if TYPE_CHECKING:
     from qerl_rl.train.passes import LossFunction
+
+PARALLEL_SIZES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel")
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class TrainEngine:
         )
         self._offloader = Offloader(store or SpillFile())
         self._state.track(self._offloader)
+        self._writer = BackgroundWriter()
         self.updates = 0
         """Optimizer updates done."""
 
@@ -216,30 +222,92 @@ class TrainEngine:
         load_adapters(self.model, self.architecture, dict(tensors))
         self._state.optimizer.reload_model_params()
 
-    def save_checkpoint(self, folder: str | Path, step: int) -> None:
-        """Write all that training needs to go on bit for bit; config.checkpoint.keep of them stay in `folder`."""
+    def save_checkpoint(
+        self, folder: str | Path, step: int, *, extra: Mapping[str, Any] | None = None, background: bool = False
+    ) -> None:
+        """Write all that training needs to go on bit for bit; config.checkpoint.keep of them stay in `folder`.
+
+        With `background` the call returns once the state is copied in memory; a thread of each rank writes it, and
+        rank 0's makes it count when all have. The next save, or `finish_checkpoint`, waits for that.
+
+        Args: extra: more for the meta, as JSON takes it.
+        Raises: CheckpointError when this, or the one before in the background, could not be written.
+        """
         self._require_state("save_checkpoint")
+        self.finish_checkpoint()
+        from qerl_rl.model.parallel import all_coordinates
         from qerl_rl.train import snapshot
 
-        rank = dist.get_rank()
-        checkpoint.save_rank(folder, step, rank, snapshot.take(self._state), self.gather_adapters(), dist.barrier)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        tensors, adapters = snapshot.take(self._state), self.gather_adapters()
+        places = [dataclasses.asdict(place) for place in all_coordinates()]
+        meta = {"updates": self.updates, "layout": self._layout(), "places": places, **(extra or {})}
+        keep, timeout_s = self.config.checkpoint.keep, self.config.fault.train_timeout_s
         if rank == 0:
-            meta = {"updates": self.updates, "layout": self._layout()}
-            checkpoint.finish(folder, step, meta, self.config.checkpoint.keep)
+            checkpoint.begin(folder, step)
         dist.barrier()
 
-    def load_checkpoint(self, folder: str | Path) -> int:
-        """Continue from the newest complete checkpoint in `folder`; returns its step.
+        def write() -> None:
+            with checkpoint.naming(step):
+                checkpoint.write_rank(folder, step, rank, tensors, adapters)
+                if rank == 0:
+                    checkpoint.wait_for_ranks(folder, step, ranks, timeout_s)
+                    checkpoint.finish(folder, step, meta, keep)
 
-        Raises: ConfigError when there is none, it is broken, or another layout wrote it.
+        self._writer.start(write)
+        if not background:
+            self.finish_checkpoint()
+            dist.barrier()
+
+    def finish_checkpoint(self) -> None:
+        """Until the checkpoint that is being written is on the disk. Raises: CheckpointError."""
+        self._writer.wait()
+
+    def load_checkpoint(self, folder: str | Path, step: int | None = None) -> int:
+        """Continue from the checkpoint of `step` in `folder` (by default the newest complete one); returns its step.
+
+        Written by the same layout, everything goes on bit for bit. From another layout, weights and optimizer are
+        regrouped, and the random states stay as they are: those of another number of ranks mean nothing here.
+        Raises: ConfigError when there is none, it is broken, or its adapters are others.
         """
         self._require_state("load_checkpoint")
         from qerl_rl.train import snapshot
 
-        meta = checkpoint.load_meta(folder, self._layout())
-        snapshot.restore(self._state, checkpoint.load_rank(folder, meta["step"], dist.get_rank()))
+        meta, own = checkpoint.read_meta(folder, step), self._layout()
+        written = meta["layout"]
+        different = {key for key in own if written.get(key) != own[key]}
+        fixed = {key for key in different if key.startswith("lora.") or not self.has_adapters}
+        if fixed:
+            pairs = ", ".join(f"{key}={written.get(key)} (now {own[key]})" for key in sorted(fixed))
+            raise ConfigError(f"the checkpoint was written with {pairs}.", fix="set that back, or start anew")
+        tensors = (
+            self._regrouped(folder, meta) if different else checkpoint.load_rank(folder, meta["step"], dist.get_rank())
+        )
+        snapshot.restore(self._state, tensors, with_random=not different)
         self.updates = meta["updates"]
         return meta["step"]
+
+    def _regrouped(self, folder: str | Path, meta: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """This rank's share of a checkpoint that another layout wrote."""
+        from qerl_rl.layout.blocks import Coordinates, ParallelSizes
+        from qerl_rl.model.parallel import current_coordinates, current_sizes
+        from qerl_rl.model.slots import adapter_slots
+        from qerl_rl.train.regroup import full_state, local_state
+
+        written, layers = meta["layout"], self.architecture.layers
+        sizes = ParallelSizes(*(written[f"train.{name}"] for name in PARALLEL_SIZES))
+        slots = adapter_slots(self.architecture, self.config.lora)
+        places = [Coordinates(**place) for place in meta["places"]]
+        shards = ((place, checkpoint.load_rank(folder, meta["step"], place.rank)) for place in places)
+        return local_state(
+            slots,
+            full_state(slots, shards, layers=layers, sizes=sizes),
+            layers=layers,
+            sizes=current_sizes(),
+            here=current_coordinates(),
+            shapes={name: parameter.shape for name, parameter in self._state.trainable().items()},
+            runs=self._state.shard_runs(),
+        )
 
     def export(self, folder: str | Path) -> None:
         """Write the trained model for other programs, as `qerl_rl.train.export` describes."""
@@ -272,10 +340,7 @@ class TrainEngine:
         train, lora = self.config.train, self.config.lora
         return {
             "ranks": dist.get_world_size(),
-            "train.tensor_parallel": train.tensor_parallel,
-            "train.pipeline_parallel": train.pipeline_parallel,
-            "train.expert_parallel": train.expert_parallel,
-            "train.expert_tensor_parallel": train.expert_tensor_parallel,
+            **{f"train.{name}": getattr(train, name) for name in PARALLEL_SIZES},
             "train.dtype": train.dtype,
             "lora.rank": lora.rank,
             "lora.attention": lora.attention,

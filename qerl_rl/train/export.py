@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.quant.checkpoint import ShardWriter, read_config
+from qerl_rl.train.export_check import check_adapters, check_merged
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -33,7 +34,10 @@ TOKENIZER_FILES = (
 
 
 def write_merged(folder: Path, source: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write `weights` (HF name, full tensor) in bfloat16 with the config and tokenizer of the model folder `source`."""
+    """Write `weights` (HF name, full tensor) in bfloat16 with the config and tokenizer of the model folder `source`.
+
+    Raises: ExportError when they are not the source's tensors, name by name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # The config comes last: a folder without one does not load, so a broken-off export is not mistaken for a model.
     (folder / "config.json").unlink(missing_ok=True)
@@ -41,6 +45,7 @@ def write_merged(folder: Path, source: Path, weights: Iterable[tuple[str, torch.
     for name, tensor in weights:
         writer.add(name, tensor.to(torch.bfloat16))
     writer.finish()
+    check_merged(folder, source)
     for pattern in TOKENIZER_FILES:
         for file in source.glob(pattern):
             shutil.copy2(file, folder / file.name)
@@ -59,11 +64,14 @@ def write_adapters(
     lora: LoraConfig,
     base: str,
 ) -> None:
-    """Write the adapters, in the exchange format, to `folder` as PEFT keeps them. `base` names the base model."""
+    """Write the adapters, in the exchange format, to `folder` as PEFT keeps them. `base` is the base model's folder.
+
+    Raises: ExportError when one of them fits no weight of the base.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"base_model.model.{name}.weight": tensor.contiguous() for name, tensor in unfused(adapters, architecture)
-    }
+    parts = dict(unfused(adapters, architecture))
+    check_adapters(parts, Path(base), lora.rank)
+    tensors = {f"base_model.model.{name}.weight": tensor.contiguous() for name, tensor in parts.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = peft_config(lora, architecture, base)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -2,13 +2,19 @@
 
 parameter/NAME                     a trainable parameter of this rank, as it lies in the model
 optimizer/NAME/{master,exp_avg,exp_avg_sq,step}   this rank's float32 shard of it and its Adam state
-random/torch, random/tracker/NAME  states of the random generators, uint8
+optimizer/NAME/offset              int64: where in the flat parameter that shard begins
+random/torch, random/tracker/NAME  states of torch's generators, uint8
+random/numpy, random/python        states of the global generators, uint8 (JSON)
 """
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Mapping
+from typing import Any, cast
 
+import numpy as np
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -21,19 +27,18 @@ KINDS = ("exp_avg", "exp_avg_sq", "step")
 def take(state: TrainState) -> dict[str, torch.Tensor]:
     """A copy of the state."""
     tensors = {f"parameter/{name}": parameter.data for name, parameter in state.trainable().items()}
+    runs = state.shard_runs()
     for name, shard, moments in state.shards():
         tensors[f"optimizer/{name}/master"] = shard.data
+        tensors[f"optimizer/{name}/offset"] = torch.tensor(runs[name].start)
         for kind, moment in moments.items():
             tensors[f"optimizer/{name}/{kind}"] = moment
-    tensors["random/torch"] = torch.get_rng_state()
-    for name, generator in get_cuda_rng_tracker().get_states().items():
-        tensors[f"random/tracker/{name}"] = generator
     # The shards of float32 parameters are views of the parameters; a file holds each of them on its own.
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    return {name: tensor.detach().clone() for name, tensor in (tensors | _random_states()).items()}
 
 
-def restore(state: TrainState, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Set the state to what `take` gave, in place.
+def restore(state: TrainState, tensors: Mapping[str, torch.Tensor], *, with_random: bool = True) -> None:
+    """Set the state to what `take` gave, in place; the random states only `with_random`.
 
     Raises: ConfigError when a parameter is missing or has another shape: the model is another one.
     """
@@ -50,11 +55,38 @@ def restore(state: TrainState, tensors: Mapping[str, torch.Tensor]) -> None:
                 _copy(moments[kind], tensors, prefix + kind)
             else:
                 moments[kind] = tensors[prefix + kind].clone()
+    if with_random:
+        _set_random_states(tensors)
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    kind, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
+    return {
+        "random/torch": torch.get_rng_state(),
+        **{f"random/tracker/{name}": tensor for name, tensor in get_cuda_rng_tracker().get_states().items()},
+        "random/numpy": _as_bytes([kind, keys.tolist(), *rest]),
+        "random/python": _as_bytes(random.getstate()),
+    }
+
+
+def _set_random_states(tensors: Mapping[str, torch.Tensor]) -> None:
     torch.set_rng_state(tensors["random/torch"])
     prefix = "random/tracker/"
     get_cuda_rng_tracker().set_states(
         {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
     )
+    np.random.set_state(tuple(_from_bytes(tensors["random/numpy"])))
+    version, internal, gauss = _from_bytes(tensors["random/python"])
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _as_bytes(value: Any) -> torch.Tensor:
+    """JSON, whose floats round-trip exactly."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _from_bytes(tensor: torch.Tensor) -> Any:
+    return json.loads(bytes(tensor.tolist()))
 
 
 def _copy(target: torch.Tensor, tensors: Mapping[str, torch.Tensor], name: str) -> None:

@@ -47,6 +47,16 @@ class TrainState:
                     for parameter, shard in zip(parameters, shards, strict=True):
                         yield names[parameter], shard, part.optimizer.state[shard]
 
+    def shard_runs(self) -> dict[str, slice]:
+        """The elements of each flattened parameter that this rank's optimizer updates, where it updates any."""
+        names = {parameter: name for name, parameter in self.trainable().items()}
+        runs = {}
+        for part in self.optimizer.chained_optimizers:
+            for parameter in part.model_param_gbuf_map:
+                run = part._get_model_param_range_map(parameter)["param"]
+                runs[names[parameter]] = slice(run.start, run.end)
+        return runs
+
     def track(self, offloader: Offloader) -> None:
         """Tell the offloader of all state there is; Adam's appears with the first update, so call it again then."""
         # What trains lies in the buffers of DDP; a float32 shard of the optimizer is a view of them.

@@ -134,13 +134,15 @@ def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layo
 
 def assert_rewards(steps, layout):
     """Each function's mean is there, the reward is their weighted sum, and step 2 evaluates."""
-    digits = "reward/tests.trainer.reward_functions.share_of_digits"
+    functions = "reward/tests.trainer.reward_functions"
     for step in steps:
-        expected = step[digits]
-        if EVALUATION[layout] != {"pass@1"}:
-            expected = 0.5 * step["reward/format"] + 2.0 * step[digits]
+        if EVALUATION[layout] == {"pass@1"}:
+            assert step["reward/mean"] == pytest.approx(step[f"{functions}.share_of_digits"], abs=1e-5)
+        else:
+            expected = 0.5 * step["reward/format"] + 2.0 * step[f"{functions}.many_digits"]
+            # Of all that was sampled, also of groups that were not learned from.
+            assert step["sampling/reward_mean"] == pytest.approx(expected, abs=1e-5)
             assert step["reward/math"] >= 0.0
-        assert step["reward/mean"] == pytest.approx(expected, abs=1e-5)
         assert step["data/epochs"] > 0
     measured = {name for name in steps[1] if name.startswith("eval/")}
     assert measured == {f"eval/{name}" for name in EVALUATION[layout] | {"reward_mean", "failures"}}

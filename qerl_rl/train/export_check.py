@@ -1,0 +1,69 @@
+"""An export against the model it came from, name by name: a tensor that is lost or superfluous is found here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from qerl_rl.quant.checkpoint import CheckpointReader, read_config
+
+EXPORTED_DTYPE = "BF16"
+_RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
+"""Buffers that older checkpoints store though the config determines them."""
+
+
+class ExportError(RuntimeError):
+    """The export is not the source model's set of tensors; the message names the first that differs."""
+
+
+def check_merged(folder: Path, source: Path) -> None:
+    """Compare the safetensors in `folder` with the model folder `source`: the same names and shapes, all bfloat16.
+
+    What only quantization added to the source (X_scale beside X) is not expected, nor is what transformers would not
+    load either: the output layer of a model with tied embeddings, rotary frequencies.
+    Raises: ExportError.
+    """
+    with CheckpointReader(source) as original, CheckpointReader(folder) as written:
+        tied = read_config(source).get("tie_word_embeddings", False)
+        expected = {name for name in original if _is_weight(name, original, tied)}
+        _same_names(expected, set(written), folder)
+        for name in sorted(expected):
+            if written.shape(name) != original.shape(name):
+                raise ExportError(f"{name} in {folder} has shape {written.shape(name)}, not {original.shape(name)}")
+            if written.dtype(name) != EXPORTED_DTYPE:
+                raise ExportError(f"{name} in {folder} is {written.dtype(name)}, not {EXPORTED_DTYPE}")
+
+
+def _is_weight(name: str, original: CheckpointReader, tied: bool) -> bool:
+    is_scale = name.endswith("_scale") and name.removesuffix("_scale") in original
+    return not (is_scale or _RECOMPUTED.search(name) or (tied and name == "lm_head.weight"))
+
+
+def _same_names(expected: set[str], found: set[str], folder: Path) -> None:
+    for problem, names in (("lacks", expected - found), ("has a superfluous", found - expected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ExportError(f"the export in {folder} {problem} {min(names)}{more}")
+
+
+def check_adapters(tensors: Mapping[str, torch.Tensor], source: Path, rank: int) -> None:
+    """Every pair MODULE.lora_A [rank, inputs], MODULE.lora_B [outputs, rank] must fit MODULE.weight [outputs, inputs].
+
+    Args: tensors: by the names of the HF model, as `export.unfused` gives them.
+    Raises: ExportError with the first name that has no partner, no weight, or another shape than it needs.
+    """
+    with CheckpointReader(source) as original:
+        for name in sorted(tensors):
+            module, _, matrix = name.rpartition(".")
+            weight, partner = f"{module}.weight", f"{module}.{'lora_B' if matrix == 'lora_A' else 'lora_A'}"
+            if weight not in original:
+                raise ExportError(f"adapter {name} belongs to no tensor: {source} has no {weight}")
+            if partner not in tensors:
+                raise ExportError(f"adapter {name} has no {partner}")
+            outputs, inputs = original.shape(weight)
+            needed = (rank, inputs) if matrix == "lora_A" else (outputs, rank)
+            if tuple(tensors[name].shape) != needed:
+                raise ExportError(f"adapter {name} has shape {tuple(tensors[name].shape)}, not {needed}")
