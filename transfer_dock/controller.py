@@ -14,7 +14,7 @@ import numpy as np
 from transfer_dock import calls, wire
 from transfer_dock.arena import Arena
 from transfer_dock.columns import ColumnWrite
-from transfer_dock.errors import DockError, DockTimeout
+from transfer_dock.errors import DockClosed, DockError, DockTimeout
 from transfer_dock.explain import explain_get, explain_put
 from transfer_dock.journal import Journal
 from transfer_dock.keys import pack_keys, unpack_keys
@@ -51,6 +51,7 @@ class Controller:
         # Held open for as long as the dock lives: an arena that nobody has open is swept up.
         self._arena = Arena(self.home.path)
         self._touched = 0
+        self._is_closed = False
         self.nodes = Nodes(self.home, self.settings.capacity_bytes, attached)
         self.ledger = Ledger.replay(self.settings, state, records, time.monotonic(), record=self.journal.append)
         self._compacted = self.journal.size
@@ -70,6 +71,8 @@ class Controller:
 
     async def answer(self, method: str, message: bytes, wait: float) -> bytes:
         """Do what a handle asks, waiting at most `wait` seconds; request and reply are msgpack."""
+        if self._is_closed:
+            return calls.refusal(DockClosed(f"{method} found the dock closed"))
         self._settle()
         try:
             return calls.answer(await self._methods[method](wait, *wire.unpack(message)))
@@ -277,8 +280,8 @@ class Controller:
 
     async def do_close(self, wait: float) -> None:
         """Remove the dock's files, on every node."""
+        self._is_closed = True
         await self.nodes.close()
-        self.journal.close()
 
 
 def _history(

@@ -101,6 +101,12 @@ class TransferDock:
             load(restore, dock._access, settings)
         return dock
 
+    def __enter__(self) -> TransferDock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def put(self, columns: Mapping[str, Any], keys: Sequence[SampleKey], timeout: float | None = None) -> None:
         """Store one or more columns of samples. Repeating an equal put changes nothing.
 

@@ -61,6 +61,7 @@ class ActorHybridWorker:
         from qerl_rl.train.offload import SpillFile
 
         # Beside the run's other files: the folder for temporary files may itself be memory.
+        Path(self.config.run.output_dir).mkdir(parents=True, exist_ok=True)
         self.train = TrainEngine(self.config, SpillFile(self.config.run.output_dir))
         self.rollout = VllmEngine(
             self.config.model.path,

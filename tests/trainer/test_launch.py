@@ -184,6 +184,8 @@ def running(model, folder, *overrides):
         command(model, folder, "run.steps=1000", "track.console=lines", *overrides),
         cwd=ROOT, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        # A shell lets what it starts in the background, this suite for one, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         assert process.stdout is not None

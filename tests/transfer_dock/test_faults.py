@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -149,6 +150,19 @@ def test_a_killed_controller_ends_every_wait_with_dock_closed(make_dock: MakeDoc
             waiting.result(timeout=30)
     with pytest.raises(DockClosed, match="reserve found"):
         dock.put({"log_probs": KILOBYTE}, group(0))
+
+
+def test_a_dock_is_closed_on_the_way_out_and_leaves_no_files(make_dock: MakeDock) -> None:
+    with make_dock(consumers={"train": ["log_probs"]}) as dock:
+        dock.put({"log_probs": KILOBYTE}, group(0))
+        values, home = dock.get("train", 4).columns["log_probs"], dock._access.home
+        assert os.path.exists(home.path)
+        assert os.path.exists(home.journal)
+    assert not os.path.exists(home.path)
+    assert not os.path.exists(home.journal)
+    with pytest.raises(DockClosed):
+        dock.status()
+    assert np.array_equal(values, KILOBYTE), "what is looked at stays"
 
 
 def test_what_a_dead_producer_put_is_still_there(make_dock: MakeDock) -> None:
