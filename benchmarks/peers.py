@@ -103,7 +103,7 @@ class DockPeer:
 
     def end(self, handle: tuple[int, int], batch: Batch) -> None:
         self.dock.ack(batch)
-        self.dock.close_step(handle[0])
+        self.dock.close_step(handle[0], carry_unfinished=False)
 
 
 class RayNumpyPeer:

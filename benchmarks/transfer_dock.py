@@ -159,7 +159,7 @@ def metadata(consumers: int, samples: int, repeats: int) -> list[str]:
             gets = [client.consume.remote(step, shares[rank::CLIENTS]) for rank, client in enumerate(clients)]
             calls += sum(ray.get(gets))
             seconds.append(time.perf_counter() - begin)
-            dock.close_step(step)
+            dock.close_step(step, carry_unfinished=False)
         for client in clients:
             ray.kill(client)
     median = statistics.median(seconds[1:])

@@ -47,7 +47,7 @@ def train_step(plan, workers, dock, step):
     rows = even_rows(len(keys), config.train_data_parallel)
     on_ranks("log_probs", "train", rows, lambda share: (dock, share))
     on_ranks("update", "train", rows, lambda share: ([share], step, 0.0))
-    dock.close_step(step)
+    dock.close_step(step, carry_unfinished=False)
     return f"step {step}: reward {rewards.mean():.3f}"
 
 

@@ -66,7 +66,7 @@ class GrpoTrainer:
             rewards = self._advantages(step)
         with phase("update"):
             update = self._update(step)
-        self.dock.close_step(step)
+        self.dock.close_step(step, carry_unfinished=False)
         data = {"data/epochs": self.plan.prompts.epochs}
         return {**data, **rollout, **rewards, **evaluation, **policy, **update}
 

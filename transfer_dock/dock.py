@@ -193,11 +193,12 @@ class TransferDock:
         gets_waiting {consumer: calls}, puts_waiting."""
         return self._caller.run(ask("status"))
 
-    def close_step(self, step: int, carry_unfinished: bool = False) -> int:
-        """Drop the samples of a step and free their payload; leases on them are lost. Returns how many were dropped.
+    def close_step(self, step: int, carry_unfinished: bool = True) -> int:
+        """Drop the samples of a step that every consumer finished; the others stay as they are, one step older, and
+        their groups may still be completed. Returns how many were dropped.
 
-        With `carry_unfinished` only samples that every consumer finished are dropped; the others stay as they are, one
-        step older, and their groups may still be completed. Without it nothing can be put into the step any more.
+        With `carry_unfinished=False` all of the step's samples are dropped and their payload is freed; leases on them
+        are lost, and nothing can be put into the step any more.
         """
         return self._caller.run(ask("close_step", step, carry_unfinished, os.urandom(8)))
 

@@ -227,7 +227,7 @@ def test_samples_that_were_left_in_the_dock_come_back(run_folder, running_ray):
     }
     # A dock without samples leaves no file, and takes an older one away.
     other.dock.ack(batch)
-    other.dock.close_step(5)
+    other.dock.close_step(5, carry_unfinished=False)
     other._save_dock(file)
     assert not file.exists()
     other.dock.close()

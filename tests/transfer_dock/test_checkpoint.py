@@ -36,7 +36,7 @@ def used(make_dock: MakeDock) -> TransferDock:
     for consumer in ("train", "log"):
         dock.ack(dock.get(consumer, 8))
     dock.close_step(1, carry_unfinished=True)
-    dock.close_step(0)
+    dock.close_step(0, carry_unfinished=False)
     later = keys_of(range(3), step=2)
     dock.put({"responses": columns_of(later)["responses"]}, later)
     dock.ack(dock.get("log", 6))
@@ -82,7 +82,7 @@ def test_a_dock_saves_while_it_is_written_and_read(used: TransferDock, make_dock
     def write_late(*args: object) -> int:
         seen["status"] = used.status()
         for step in (1, 2):
-            used.close_step(step)
+            used.close_step(step, carry_unfinished=False)
         keys = keys_of(range(6), step=3)
         used.put({"responses": [np.full(40, 9, np.int32)] * 24, "answers": ["b"] * 24}, keys)
         return write(*args)

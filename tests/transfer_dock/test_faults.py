@@ -59,7 +59,7 @@ def test_a_full_dock_holds_a_put_until_memory_is_free(small_dock: TransferDock, 
         if way == "ack":
             finish(small_dock, 4)
         else:
-            small_dock.close_step(1)
+            small_dock.close_step(1, carry_unfinished=False)
         waiting.result(timeout=30)
     assert small_dock.status()["bytes_held"] == (2048 if way == "ack" else 1024)
     assert [key.step for key in small_dock.get("train", 4, step=2).keys] == [2] * 4
@@ -206,7 +206,7 @@ def test_a_closed_step_takes_and_gives_nothing(make_dock: MakeDock, until: Until
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(dock.get, "train", 4, step=1)
         until(lambda: dock.status()["gets_waiting"]["train"] == 1)
-        assert dock.close_step(1) == 4
+        assert dock.close_step(1, carry_unfinished=False) == 4
         with pytest.raises(StepClosed, match="step 1, which is closed"):
             waiting.result(timeout=30)
     with pytest.raises(LeaseLost):
