@@ -154,9 +154,6 @@ class Ledger:
                 self._do("move", ticket, offset)
         return None if offset is None else Reservation(ticket, record.columns, record.node, offset, record.size)
 
-    def is_reserved(self, ticket: int) -> bool:
-        return ticket in self.book.reservations
-
     def cancel(self, ticket: int) -> None:
         """Give a reservation back; nothing happens when it is over already."""
         if ticket in self.book.reservations:
