@@ -8,6 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qerl_rl.config.learning_schema import (
+    AlgorithmConfig,
+    CriticConfig,
+    DpoConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RolloutCorrectionConfig,
+)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -97,6 +106,13 @@ class RolloutConfig:
     """0 keeps every token."""
     max_prompt_tokens: int = 128
     max_response_tokens: int = 128
+    carry_prompts: int = 0
+    """Prompts in flight beyond algorithm.prompts_per_step (partial rollout): a step's rollout ends when as many groups
+    as it learns from are done, and the others go on in the next step from where they are. 0 waits for all."""
+    carry_max_age: int = 1
+    """Steps that a group may be carried over; the step after those waits for it."""
+    ahead: bool = False
+    """Sample the next step's responses while this step trains (one step off-policy); neither engine leaves memory."""
 
 
 @dataclass(frozen=True)
@@ -139,59 +155,6 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
-class AlgorithmConfig:
-    """Learning without a critic: advantages, policy loss, KL to the reference (the base without adapters).
-
-    docs/algorithms.md has the formula and the source of everything that can be named here.
-    """
-
-    name: str = "grpo"
-    prompts_per_step: int = 16
-    samples_per_prompt: int = 8
-    prompts_per_mini_batch: int = 16
-    """Prompts in one optimizer update."""
-    epochs_per_step: int = 1
-    """Times each step's samples are trained on."""
-    advantage: str = "grpo"
-    """grpo, dr_grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, or a dotted path to a function."""
-    normalize_std: bool = True
-    """Divide grpo's advantages by the standard deviation of their group."""
-    discount: float = 1.0
-    """Of rewards by token, in reinforce_plus_plus."""
-    loss: str = "ppo"
-    """ppo, dual_clip, gspo, cispo, or a dotted path to a function."""
-    clip_low: float = 0.2
-    """The ratio to the old policy counts from 1 - clip_low on."""
-    clip_high: float = 0.2
-    """The ratio to the old policy counts up to 1 + clip_high; larger than clip_low is DAPO's clip-higher."""
-    dual_clip: float = 3.0
-    """Largest ratio that counts against a bad token, in dual_clip."""
-    loss_aggregation: str = "token_mean"
-    """token_mean, sequence_mean or sequence_sum_constant (the sum over a sequence's tokens / loss_constant_tokens)."""
-    loss_constant_tokens: int = 0
-    """What sequence_sum_constant divides by; 0 takes rollout.max_response_tokens."""
-    kl_coefficient: float = 0.0
-    kl_in: str = "loss"
-    """loss, or reward: each token then earns -kl_coefficient * KL before advantages are taken."""
-    kl_estimator: str = "k3"
-    """k1, k2, k3, abs or mse."""
-    kl_target: float = 0.0
-    """KL, in nats a token, that kl_coefficient is steered to; 0 keeps it fixed."""
-    kl_horizon: int = 10000
-    """Samples over which the steering acts: larger is slower."""
-    entropy_coefficient: float = 0.0
-    sampling_rounds: int = 1
-    """Rollouts in a step, at most (DAPO's dynamic sampling): after each, new prompts take the place of those whose
-    samples all earned the same; after the last, those fill what is still missing. 1 takes what comes."""
-    overlong_buffer_tokens: int = 0
-    """Tokens before rollout.max_response_tokens in which a response's reward falls linearly (DAPO); 0 punishes none."""
-    overlong_penalty: float = 1.0
-    """Reward that a response of rollout.max_response_tokens loses, where overlong_buffer_tokens is above 0."""
-    mask_truncated: bool = False
-    """Leave responses that the token limit cut off out of the update (they stay in their group's advantages)."""
-
-
-@dataclass(frozen=True)
 class DataConfig:
     train_path: str = ""
     """A .jsonl or .json file, one object a line; a .parquet, .arrow or .csv file; the name of a data set on the Hugging
@@ -205,6 +168,10 @@ class DataConfig:
     """The prompt as text with the names of fields in braces, such as `Question: {question}`; {{ and }} are braces.
     Empty takes data.prompt_field as it is."""
     answer_field: str = "answer"
+    chosen_field: str = "chosen"
+    """The better response of a pair, in dpo."""
+    rejected_field: str = "rejected"
+    """The worse response of a pair, in dpo."""
     chat_template: bool = False
     """Wrap the prompt as a user message in the tokenizer's chat template."""
     system_prompt: str = ""
@@ -218,29 +185,6 @@ class DataConfig:
     shuffle: bool = True
     limit: int = 0
     """Use only the first lines; 0 uses all."""
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """What a sample earns: one function, or a weighted sum of several (docs/rewards_and_data.md lists them)."""
-
-    function: str = ""
-    """Name of a reward (exact, math, format, ...) or a dotted path to a function; empty is exact, unless
-    reward.functions is given."""
-    functions: dict[str, float] = field(default_factory=dict)
-    """Weight by name or dotted path, instead of reward.function; 0 only reports the function's mean."""
-    length_characters: int = 1000
-    """Characters from which the reward `length` is 1."""
-    workers: int = 1
-    timeout_s: float = 10.0
-    """Seconds a function may take for one sample; past them it scores 0."""
-    memory_bytes: int = 2147483648
-    """Address space, in bytes, that a function may take for one sample; past it it scores 0. 0 sets no limit."""
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Weight by function, whichever of the two keys was given."""
-        return self.functions or {self.function or "exact": 1.0}
 
 
 @dataclass(frozen=True)
@@ -317,8 +261,12 @@ class Config:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     dock: DockConfig = field(default_factory=DockConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
