@@ -16,7 +16,7 @@ from qerl_rl.config.schema import Config
 from qerl_rl.data.prompts import Prompt, PromptSet, held_out, load_prompts
 from qerl_rl.data.source import PromptSource
 from qerl_rl.model.architecture import MoeArchitecture, check_layout
-from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.rewards import load_rewards
 from qerl_rl.rollout.limits import check_expert_sizes
 from trainer.resume import ResumePoint, find_resume
@@ -90,8 +90,7 @@ def _load_tokenizer(folder: str) -> Any:
 
 def _check_format(loaded: LoadedConfig) -> None:
     config = loaded.config
-    with CheckpointReader(config.model.path) as reader:
-        found = "w8a8" if any(reader.is_quantized(name) for name in reader.names()) else "none"
+    found = stored_format(config.model.path)
     if found != config.quant.format:
         raise ConfigError(
             f"quant.format={config.quant.format}, but {config.model.path} holds {found}.",
