@@ -58,7 +58,7 @@ class RewardModelEngine(ModelEngine):
         self._passes = Passes(self.model, value_scores)
 
     def scores(self, samples: Samples) -> np.ndarray | None:
-        """The head at the last token of each sample, after prompt and response: float32 [S]; None off `is_output_rank`."""
+        """The head at each sample's last token, after prompt and response: float32 [S]; None off `is_output_rank`."""
         self._require_state("scores")
         packs = [at_ends(pack) for pack in self._packs(samples)]
         found = self._scores(packs, len(samples))
