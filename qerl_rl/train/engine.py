@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import torch.distributed as dist
 
 from qerl_rl.config.schema import Config
 from qerl_rl.model.slots import LANGUAGE_MODEL
+from qerl_rl.quant.noise import Noise
 from qerl_rl.train import checkpoint, export
 from qerl_rl.train.background import BackgroundWriter
 from qerl_rl.train.learner import EngineSnapshot, LearningEngine
+from qerl_rl.train.norm_noise import noisy_norms
 from qerl_rl.train.offload import StateStore
 from qerl_rl.train.samples import Samples
 
@@ -45,23 +48,21 @@ class TrainEngine(LearningEngine):
 
     # ---- compute
 
-    def log_probs(self, samples: Samples, *, adapters: bool = True) -> TokenScores | None:
+    def log_probs(self, samples: Samples, *, adapters: bool = True, noise: Noise | None = None) -> TokenScores | None:
         """Log-probs of the response tokens, and entropies, at rollout.temperature; None except on `is_output_rank`.
 
-        adapters=False gives those of the reference: the base model, whatever has been trained since.
+        adapters=False gives those of the reference: the base model, whatever has been trained since. With `noise` they
+        are those of the policy with that noise on its layer norms.
         Raises: ValueError for adapters=False where everything trains: the reference is gone.
         """
         self._require_state("log_probs")
         if not adapters and not self.has_adapters:
             raise ValueError("adapters=False needs adapters: with lora.rank=0 the base itself has been trained")
-        packs = self._packs(samples)
-        if adapters:
-            found = self._scores(packs, len(samples))
-        else:
-            from qerl_rl.model.lora import adapters_disabled
+        from qerl_rl.model.lora import adapters_disabled
 
-            with adapters_disabled(self.model):
-                found = self._scores(packs, len(samples))
+        packs = self._packs(samples)
+        with noisy_norms(self.model, noise or Noise()), nullcontext() if adapters else adapters_disabled(self.model):
+            found = self._scores(packs, len(samples))
         return None if found is None else TokenScores(*found)
 
     # ---- adapters and checkpoints

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qerl_rl.config.schema import Config, NoiseConfig, RewardModelConfig, RunConfig, SwapConfig
+from qerl_rl.quant.noise import Noise
 from qerl_rl.reshard.ledger import CRITIC, POLICY, REWARD_MODEL
 from qerl_rl.train.offload import SpillFile
 from qerl_rl.train.value_engine import RewardModelEngine, ValueEngine
@@ -28,8 +29,8 @@ class RememberingRollout:
         self.served.append({name: tensor.numpy().copy() for name, tensor in adapters.items()})
         return sum(tensor.nbytes for tensor in adapters.values())
 
-    def set_noise(self, sigma: float, seed: int, step: int) -> None:
-        assert sigma == 0.0
+    def set_noise(self, noise: Noise) -> None:
+        assert noise.sigma == 0.0
 
     def restore_kv_cache(self) -> None:
         self.kv_cache = 64
