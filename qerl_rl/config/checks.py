@@ -189,6 +189,9 @@ def _check_critic(config: Config) -> Fault:
 def _check_turns(config: Config) -> Fault:
     """Models that take turns on the cards, and loops that leave them no turn."""
     judged = config.reward_model.on_the_cards
+    if judged and config.algorithm.name == "dpo":
+        key = "reward_model.path"
+        return key, f"{key}={config.reward_model.path}: algorithm.name=dpo has no rewards.", f"leave {key} empty"
     if judged and config.algorithm.sampling_rounds > 1:
         key = "reward_model.backend"
         problem = (

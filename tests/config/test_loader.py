@@ -141,6 +141,11 @@ def test_a_single_reward_weighs_one_and_exact_is_the_default(tmp_path):
             "asks for rewards during it",
             "set reward_model.backend to hf",
         ),
+        (
+            ["reward_model.path=m", "reward_model.backend=megatron", "algorithm.name=dpo"],
+            "dpo has no rewards",
+            "leave reward_model.path empty",
+        ),
         (["reward_model.backend=vllm"], "reward_model.backend=vllm is unknown", "hf or megatron"),
         (["train.dtype=float64"], "train.dtype=float64 is unknown", "float32 or bfloat16"),
         (["rollout.temperature=0"], "rollout.temperature=0.0 is not positive", "above 0"),

@@ -71,11 +71,11 @@ def test_the_policy_earns_more_and_the_critic_comes_to_know_what(straight):
         assert step.keys() >= CRITIC_METRICS
         assert all(math.isfinite(step[name]) for name in CRITIC_METRICS)
     reward, explained = ([step[name] for step in steps] for name in ("reward/mean", "critic/explained_variance"))
-    # Seeds 1, 2, 3: from MEASURED_FIRST to MEASURED_LAST, and explained variance MEASURED_EV.
-    assert np.mean(reward[-2:]) > np.mean(reward[:2]) + 0.1
-    # A head of zeros says the same everywhere.
+    # Measured with seeds 1, 2, 3: from 0.090, 0.076, 0.093 to 0.291, 0.361, 0.228.
+    assert np.mean(reward[-2:]) > np.mean(reward[:2]) + 0.08
+    # A head of zeros says the same everywhere. Measured at the end: 0.45, 0.53, 0.47.
     assert explained[0] == 0.0
-    assert np.mean(explained[-2:]) > 0.15
+    assert np.mean(explained[-2:]) > 0.25
 
 
 def test_the_critic_learns_alone_in_its_head_start(straight):
