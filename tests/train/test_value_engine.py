@@ -223,6 +223,21 @@ def test_the_policy_learns_as_if_there_were_no_critic(two_ranks, checkpoints, tm
         assert rank["away"] == {"parameters": 0, "gradients": 0, "optimizer": 0}
 
 
+def in_another_layout(paths: dict[str, str]) -> str:
+    start_engine(make_config(paths, workers=2))
+    try:
+        ValueEngine(make_config(paths, workers=2, **LAYOUTS["tensor 2"]))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_models_of_one_process_share_one_layout(two_ranks, checkpoints):
+    for message in two_ranks(in_another_layout, checkpoints):
+        assert "groups for ParallelSizes(tensor=1" in message
+        assert "wants ParallelSizes(tensor=2" in message
+
+
 def step_of_both(policy: Any, critic: ValueEngine) -> list[dict[str, float]]:
     place = policy.data_parallel_rank, policy.data_parallel_size
     return [
