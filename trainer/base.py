@@ -58,7 +58,7 @@ class Trainer(ABC):
 
     # ---- what loops call
 
-    def swap(self, method: str, *arguments: int) -> None:
+    def swap(self, method: str, *arguments: int | str) -> None:
         """The phase change that `method` of the workers makes, timed, its ledger written."""
         with self.recorder.phase("swap"):
             reports = self.workers.call(method, *arguments).wait(timeout_s=self.config.fault.train_timeout_s)

@@ -17,9 +17,12 @@ COLUMNS = {
     "rollout_log_probs": "float32",
     "truncated": "float32",
     "rewards": "float32",
+    "model_scores": "float32",
     "selected": "float32",
     "old_log_probs": "float32",
     "reference_log_probs": "float32",
+    "values": "float32",
+    "returns": "float32",
     "advantages": "float32",
 }
 """The type of every column that a loop may use."""
@@ -40,11 +43,30 @@ DAPO = GRPO | {"selection": ("rewards",), "log_probs": (*GRPO["log_probs"], "sel
 """Those of DAPO: what comes after the selection sees the selected samples only, the others lack columns."""
 
 
+PPO = GRPO | {
+    "values": ("prompts", "responses"),
+    "advantages": (*GRPO["advantages"], "values"),
+    "update_critic": ("prompts", "responses", "truncated", "values", "returns"),
+}
+"""Those of PPO, whose critic reads and learns beside the policy."""
+
+
+def with_model_scores(stages: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """The stages with a reward model on the cards among them, before the advantages."""
+    return {
+        **stages,
+        "model_scores": ("prompts", "responses"),
+        "advantages": (*stages["advantages"], "model_scores"),
+    }
+
+
 def create_dock(config: Config, stages: Mapping[str, Sequence[str]], restore: Path | None = None) -> TransferDock:
     """The dock of a run with these stages; its columns are what they read.
 
     Args: restore: a file with what was left in it when a checkpoint was written.
     """
+    if config.reward_model.on_the_cards:
+        stages = with_model_scores(stages)
     read = {column for columns in stages.values() for column in columns}
     return TransferDock.create(
         columns={name: kind for name, kind in COLUMNS.items() if name in read},

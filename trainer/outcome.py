@@ -16,10 +16,11 @@ def step_outcome(config: Config, batch: Batch, kl_coefficient: float) -> tuple[O
     """The outcome of all samples of a step, and its metrics.
 
     `reward/mean` and its like are of the reward function alone; `reward/overlong_mean` and `reward/kl_mean` are what
-    was added to a sample on average, where algorithm.overlong_buffer_tokens and kl_in ask for it.
+    was added to a sample on average, where algorithm.overlong_buffer_tokens and kl_in ask for it. `reward/model_mean`
+    is the reward model's mean score before reward_model.weight, where the workers hold one.
 
-    Args: batch: rows with rewards, responses, truncated, old_log_probs and reference_log_probs. kl_coefficient: what
-        the KL of a token costs, where algorithm.kl_in is reward.
+    Args: batch: rows with rewards, responses, truncated, old_log_probs and reference_log_probs (and model_scores).
+        kl_coefficient: what the KL of a token costs, where algorithm.kl_in is reward.
     """
     columns, algorithm = batch.columns, config.algorithm
     rewards = torch.from_numpy(np.array(columns["rewards"]))
@@ -34,6 +35,10 @@ def step_outcome(config: Config, batch: Batch, kl_coefficient: float) -> tuple[O
         "response/length_mean": float(lengths.float().mean()),
         "response/truncated": float(np.asarray(columns["truncated"]).mean()),
     }
+    if config.reward_model.on_the_cards:
+        scores = torch.from_numpy(np.array(columns["model_scores"]))
+        rewards = rewards + config.reward_model.weight * scores
+        metrics["reward/model_mean"] = float(scores.mean())
     if algorithm.overlong_buffer_tokens:
         longest = config.rollout.max_response_tokens
         penalties = overlong_penalties(lengths, longest=longest, buffer=algorithm.overlong_buffer_tokens)
@@ -41,11 +46,12 @@ def step_outcome(config: Config, batch: Batch, kl_coefficient: float) -> tuple[O
         metrics["reward/overlong_mean"] = float(algorithm.overlong_penalty * penalties.mean())
     token_rewards = torch.zeros(int(lengths.sum()))
     if algorithm.kl_in == "reward" and kl_coefficient:
-        policy, reference = (_flat(batch, name) for name in ("old_log_probs", "reference_log_probs"))
+        policy, reference = (flat_column(batch, name) for name in ("old_log_probs", "reference_log_probs"))
         token_rewards = kl_penalties(policy, reference, estimator=algorithm.kl_estimator, coefficient=kl_coefficient)
         metrics["reward/kl_mean"] = float(token_rewards.sum() / len(rewards))
     return Outcome(rewards, groups, lengths, token_rewards), metrics
 
 
-def _flat(batch: Batch, name: str) -> torch.Tensor:
+def flat_column(batch: Batch, name: str) -> torch.Tensor:
+    """A column with a value a token, sample after sample: [T]."""
     return torch.from_numpy(np.concatenate(list(batch.columns[name].rows())))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qerl_rl.algorithms.choices import find_advantage, find_loss
+from qerl_rl.algorithms.ppo import GAE
 from qerl_rl.config.checks import check_config
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.loader import LoadedConfig, to_yaml
@@ -16,10 +17,11 @@ from qerl_rl.config.schema import Config
 from qerl_rl.data.prompts import Prompt, PromptSet, held_out, load_prompts
 from qerl_rl.data.source import PromptSource
 from qerl_rl.model.architecture import MoeArchitecture, check_layout
-from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.rewards import load_rewards
 from qerl_rl.rollout.limits import check_expert_sizes
 from trainer.resume import ResumePoint, find_resume
+from trainer.value_models import check_value_models, load_tokenizer
 
 
 @dataclass
@@ -65,7 +67,8 @@ def preflight(loaded: LoadedConfig, resume: str = "never") -> Plan:
     _check_model_layouts(loaded, architecture)
     load_rewards(config.reward)
     _check_functions(loaded)
-    tokenizer = _load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
+    check_value_models(loaded, architecture, tokenizer)
     point = find_resume(loaded, resume)
     needed = point.state["prompts_needed"] if point else prompts_needed(config)
     train, evaluation, left_out = _load_data(loaded, tokenizer, needed)
@@ -74,24 +77,9 @@ def preflight(loaded: LoadedConfig, resume: str = "never") -> Plan:
     return Plan(config, architecture, tokenizer, train, evaluation, left_out, needed, point, resume)
 
 
-def _load_tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"the tokenizer in {folder} can't be loaded: {reason}",
-            fix="put the tokenizer's files beside config.json",
-            where=folder,
-        ) from None
-
-
 def _check_format(loaded: LoadedConfig) -> None:
     config = loaded.config
-    with CheckpointReader(config.model.path) as reader:
-        found = "w8a8" if any(reader.is_quantized(name) for name in reader.names()) else "none"
+    found = stored_format(config.model.path)
     if found != config.quant.format:
         raise ConfigError(
             f"quant.format={config.quant.format}, but {config.model.path} holds {found}.",
@@ -104,9 +92,10 @@ def _check_functions(loaded: LoadedConfig) -> None:
     """The advantages and the loss that the launch file names must exist and take what they are called with."""
     algorithm = loaded.config.algorithm
     finders: dict[str, Callable[[], object]] = {
-        "algorithm.advantage": lambda: find_advantage(algorithm.advantage),
         "algorithm.loss": lambda: find_loss(algorithm.loss),
     }
+    if algorithm.advantage != GAE:
+        finders["algorithm.advantage"] = lambda: find_advantage(algorithm.advantage)
     for key, find in finders.items():
         try:
             find()

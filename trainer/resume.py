@@ -19,7 +19,7 @@ DOCK = "dock"
 LAYOUT = ("cluster.workers", *(f"train.{name}_parallel" for name in ("tensor", "pipeline", "expert", "expert_tensor")))
 """Keys of the training layout: weights and optimizer are regrouped."""
 
-FIXED = ("run.seed", "algorithm.name", "quant", "lora", "data")
+FIXED = ("run.seed", "algorithm.name", "quant", "lora", "data", "critic.path")
 """Keys, and whole sections, that make a run this run."""
 
 FREE = ("run", "model.path", "cluster", "swap", "dock", "checkpoint", "eval", "track", "profiler", "fault")

@@ -19,13 +19,14 @@ from qerl_rl.train.checkpoint import complete_steps, tidy
 from trainer.base import Trainer
 from trainer.dapo import DapoTrainer
 from trainer.grpo import GrpoTrainer
+from trainer.ppo import PpoTrainer
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder, own_peak_bytes
 from trainer.resume import checkpoints_of
 from transfer_dock import DockError
 from workers import WorkerError, WorkerGroup
 
-TRAINERS: dict[str, type[Trainer]] = {"grpo": GrpoTrainer, "dapo": DapoTrainer}
+TRAINERS: dict[str, type[Trainer]] = {"grpo": GrpoTrainer, "dapo": DapoTrainer, "ppo": PpoTrainer}
 """The loop of each algorithm.name."""
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from qerl_rl.algorithms.advantages import Outcome
 from qerl_rl.algorithms.choices import advantages_by_token
 from qerl_rl.algorithms.dapo import kept_samples
 from qerl_rl.algorithms.kl import next_kl_coefficient
 from qerl_rl.algorithms.sequences import sequence_ids, sequence_means
+from qerl_rl.reshard.ledger import REWARD_MODEL
 from trainer.base import Trainer
 from trainer.evaluation import prefixed
 from trainer.outcome import step_outcome
@@ -39,6 +41,9 @@ class PolicyTrainer(Trainer):
         """Sample and score what the step learns from; afterwards the trainer has the cards."""
         self.swap("swap_to_rollout", step)
         metrics = {**self.sample(step), **self.evaluate(step)}
+        if self.config.reward_model.on_the_cards:
+            self.swap("swap_to_train", REWARD_MODEL)
+            self.model_scores(step)
         self.swap("swap_to_train")
         return metrics
 
@@ -84,6 +89,14 @@ class PolicyTrainer(Trainer):
     def _show(self, total: int) -> None:
         self.recorder.progress(self.dock.status()["columns"]["responses"], total)
 
+    def model_scores(self, step: int) -> None:
+        """What the reward model on the cards thinks of the samples."""
+        with self.recorder.phase("reward"):
+            batch = self.lease("model_scores", step)
+            shares = batch.split(even_rows(len(batch.keys), self.config.train_data_parallel))
+            self.on_train_ranks("model_scores", shares, lambda share: (self.dock, share))
+            self.dock.ack(batch)
+
     # ---- learning
 
     def log_probs(self, step: int) -> dict[str, float]:
@@ -100,13 +113,19 @@ class PolicyTrainer(Trainer):
         with self.recorder.phase("reward"):
             batch = self.lease("advantages", step)
             outcome, metrics = step_outcome(self.config, batch, self.kl_coefficient)
-            advantages = advantages_by_token(outcome, self.config.algorithm)
-            rows = np.split(advantages.numpy(), outcome.lengths.cumsum(0)[:-1].numpy())
-            self.dock.put({"advantages": Jagged.from_rows(rows)}, batch.keys)
-            means = sequence_means(advantages, sequence_ids(outcome.lengths), len(batch.keys))
+            columns, more = self.judge(outcome, batch)
+            ends = outcome.lengths.cumsum(0)[:-1].numpy()
+            self.dock.put(
+                {name: Jagged.from_rows(np.split(flat.numpy(), ends)) for name, flat in columns.items()}, batch.keys
+            )
+            means = sequence_means(columns["advantages"], sequence_ids(outcome.lengths), len(batch.keys))
             self.recorder.samples(step, batch, means.numpy())
             self.dock.ack(batch)
-            return metrics
+            return {**metrics, **more}
+
+    def judge(self, outcome: Outcome, batch: Batch) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Columns float32 [T] over the tokens of the batch, `advantages` among them, and metrics of their own."""
+        return {"advantages": advantages_by_token(outcome, self.config.algorithm)}, {}
 
     def update(self, step: int) -> dict[str, float]:
         """One optimizer update a mini-batch, algorithm.epochs_per_step times over all samples."""
@@ -114,9 +133,8 @@ class PolicyTrainer(Trainer):
             batch = self.lease("update", step)
             rows = self.mini_batches(batch, step)
             metrics = self._update_on(batch, rows, step) if rows else {}
-            tokens = _token_counts(batch)
             self.dock.ack(batch)
-            return {**metrics, "train/tokens": float(sum(tokens[update].sum() for update in rows))}
+            return {**metrics, "train/tokens": trained_tokens(batch, rows)}
 
     def mini_batches(self, batch: Batch, step: int) -> list[list[int]]:
         """The rows of each optimizer update; which they are follows from the run's seed and the step."""
@@ -133,7 +151,7 @@ class PolicyTrainer(Trainer):
         algorithm = self.config.algorithm
         shares = update_shares(batch, rows, self.config.train_data_parallel)
         results = self.on_train_ranks("update", shares, lambda share: (share, step, self.kl_coefficient))
-        metrics = {name: float(np.mean([update[name] for update in results[0]])) for name in results[0][0]}
+        metrics = mean_metrics(results[0])
         # The entropy of a step is that of the policy that rolled it out; later mini-batches see a newer one.
         metrics.pop("entropy", None)
         metrics["kl/coefficient"] = self.kl_coefficient
@@ -145,6 +163,11 @@ class PolicyTrainer(Trainer):
             samples=self.config.samples_per_step,
         )
         return metrics
+
+
+def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
+    """The mean over the updates of a step, by name."""
+    return {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
 
 
 def reward_metrics(rounds: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
@@ -167,6 +190,7 @@ def token_weighted(parts: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _token_counts(batch: Batch) -> np.ndarray:
-    """Tokens of each row, prompt and response together."""
-    return np.diff(batch.columns["prompts"].offsets) + np.diff(batch.columns["responses"].offsets)
+def trained_tokens(batch: Batch, rows: list[list[int]]) -> float:
+    """Tokens of the rows of all updates, prompts and responses together."""
+    tokens = np.diff(batch.columns["prompts"].offsets) + np.diff(batch.columns["responses"].offsets)
+    return float(sum(tokens[update].sum() for update in rows))

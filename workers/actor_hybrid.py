@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qerl_rl.config.loader import from_dict
+from qerl_rl.reshard.ledger import CRITIC, POLICY, REWARD_MODEL, SwapReport
 from transfer_dock import Batch, Jagged, SampleKey, TransferDock
 from workers.batches import group_requests, to_samples
 
 if TYPE_CHECKING:
-    from qerl_rl.reshard.ledger import SwapReport
+    from qerl_rl.train.engine import TrainEngine
+    from qerl_rl.train.model_engine import ModelEngine
+    from qerl_rl.train.value_engine import RewardModelEngine, ValueEngine
 
 
 class ActorHybridWorker:
@@ -30,6 +33,11 @@ class ActorHybridWorker:
 
     Args: config: the launch configuration as `dataclasses.asdict` gives it. rank, world_size: place among the workers.
     """
+
+    critic: ValueEngine
+    """In ppo only."""
+    reward_model: RewardModelEngine
+    """Where reward_model.backend is megatron."""
 
     def __init__(self, config: dict[str, Any], rank: int, world_size: int) -> None:
         self.config = from_dict(config)
@@ -57,12 +65,8 @@ class ActorHybridWorker:
         torch.distributed.init_process_group(device.collective_backend, rank=self.rank, world_size=self.world_size)
         from qerl_rl.reshard.swap import Swap
         from qerl_rl.rollout.vllm_engine import VllmEngine
-        from qerl_rl.train.engine import TrainEngine
-        from qerl_rl.train.offload import SpillFile
 
-        # Beside the run's other files: the folder for temporary files may itself be memory.
-        Path(self.config.run.output_dir).mkdir(parents=True, exist_ok=True)
-        self.train = TrainEngine(self.config, SpillFile(self.config.run.output_dir))
+        self.train, beside = self._load_models()
         self.rollout = VllmEngine(
             self.config.model.path,
             self.config.rollout,
@@ -70,7 +74,7 @@ class ActorHybridWorker:
             max_length=self.config.model.max_length,
             seed=self.config.run.seed,
         )
-        self.swap = Swap(self.train, self.rollout, self.config.swap, self.config.noise, self.config.run)
+        self.swap = Swap(self.train, self.rollout, self.config.swap, self.config.noise, self.config.run, beside)
         self.rollout.release_kv_cache()
         seed_global_generators(self.config.run.seed, self.rank)
         return {
@@ -79,13 +83,37 @@ class ActorHybridWorker:
             "held_bytes": self.swap.held_bytes(),
         }
 
+    def _load_models(self) -> tuple[TrainEngine, dict[str, ModelEngine]]:
+        """The policy, and what takes turns with it; each is out of memory while the next one loads."""
+        from qerl_rl.train.engine import TrainEngine
+        from qerl_rl.train.offload import SpillFile
+        from qerl_rl.train.value_engine import RewardModelEngine, ValueEngine
+
+        # Beside the run's other files: the folder for temporary files may itself be memory.
+        folder = self.config.run.output_dir
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        train = TrainEngine(self.config, SpillFile(folder))
+        beside: dict[str, ModelEngine] = {}
+        if self._has_critic:
+            train.offload()
+            self.critic = beside[CRITIC] = ValueEngine(self.config, SpillFile(folder))
+        if self.config.reward_model.on_the_cards:
+            for engine in (train, *beside.values()):
+                engine.offload()
+            self.reward_model = beside[REWARD_MODEL] = RewardModelEngine(self.config, SpillFile(folder))
+        return train, beside
+
+    @property
+    def _has_critic(self) -> bool:
+        return self.config.algorithm.name == "ppo"
+
     def swap_to_rollout(self, step: int) -> SwapReport:
         """Serve the newest policy, with the noise of `step`."""
         return self.swap.to_rollout(step)
 
-    def swap_to_train(self) -> SwapReport:
-        """Give the card to the trainer."""
-        return self.swap.to_train()
+    def swap_to_train(self, model: str = POLICY) -> SwapReport:
+        """Give the card to the trainer: of the policy, or of `critic` or `reward_model`."""
+        return self.swap.to_train(model)
 
     def generate(self, dock: TransferDock, prompts: Batch | None) -> dict[str, float]:
         """Answer the prompts of this data-parallel rank's lease (None: no prompts), writing each group when it is done.
@@ -148,6 +176,28 @@ class ActorHybridWorker:
             "tokens": float(sum(len(row) for row in rollout_rows)),
         }
 
+    def model_scores(self, dock: TransferDock, batch: Batch) -> None:
+        """The reward model's score of each of this rank's samples into the dock; it must have the card."""
+        scores = self.reward_model.scores(to_samples(batch))
+        if scores is not None:
+            dock.put({"model_scores": scores}, batch.keys)
+
+    def values(self, dock: TransferDock, batch: Batch) -> None:
+        """The critic's values of this rank's samples, one a response token, into the dock; it must have the card."""
+        values = self.critic.values(to_samples(batch))
+        if values is not None:
+            dock.put({"values": Jagged.from_rows(values)}, batch.keys)
+
+    def update_critic(self, batches: Sequence[Batch]) -> list[dict[str, float]]:
+        """One optimizer update of the critic for each mini-batch share; the metrics of each, equal on all ranks."""
+        from qerl_rl.algorithms.ppo import value_loss
+
+        loss_function, aggregation = value_loss(self.config.critic), self.config.algorithm.loss_aggregation
+        return [
+            self.critic.update(to_samples(batch, ("values", "returns")), loss_function, aggregation=aggregation)
+            for batch in batches
+        ]
+
     def update(self, batches: Sequence[Batch], step: int, kl_coefficient: float) -> list[dict[str, float]]:
         """One optimizer update for each mini-batch share; returns the metrics of each, equal on all ranks.
 
@@ -172,7 +222,12 @@ class ActorHybridWorker:
 
         Raises: CheckpointError when the one before could not be written.
         """
-        self.train.save_checkpoint(Path(folder), step, extra={"run": run}, background=True)
+        beside = []
+        if self._has_critic:
+            self.swap.give(CRITIC)
+            beside.append(self.critic.snapshot())
+        self.swap.give(POLICY)
+        self.train.save_checkpoint(Path(folder), step, beside=beside, extra={"run": run}, background=True)
 
     def finish_checkpoint(self) -> None:
         """Until the checkpoint under way is on the disk. Raises: CheckpointError."""
@@ -180,10 +235,15 @@ class ActorHybridWorker:
 
     def load_checkpoint(self, folder: str, step: int) -> None:
         """Continue from the checkpoint of `step` below `folder`; the rollout engine gets it with the next swap."""
+        if self._has_critic:
+            self.swap.give(CRITIC)
+            self.critic.load_checkpoint(Path(folder), step)
+        self.swap.give(POLICY)
         self.train.load_checkpoint(Path(folder), step)
 
     def export(self, folder: str) -> None:
         """Write the merged HF model and the adapter below `folder`; collective, rank 0 writes."""
+        self.swap.give(POLICY)
         self.train.export(Path(folder))
 
     def peak_bytes(self) -> int:

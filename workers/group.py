@@ -151,9 +151,18 @@ class WorkerGroup:
 
 def with_absolute_paths(config: Config) -> Config:
     """The configuration for a process whose working folder may be another."""
-    model = dataclasses.replace(config.model, path=str(Path(config.model.path).resolve()))
-    run = dataclasses.replace(config.run, output_dir=str(Path(config.run.output_dir).resolve()))
-    return dataclasses.replace(config, model=model, run=run)
+
+    def absolute(section: Any, key: str) -> Any:
+        path = getattr(section, key)
+        return dataclasses.replace(section, **{key: str(Path(path).resolve()) if path else ""})
+
+    return dataclasses.replace(
+        config,
+        run=absolute(config.run, "output_dir"),
+        model=absolute(config.model, "path"),
+        critic=absolute(config.critic, "path"),
+        reward_model=absolute(config.reward_model, "path"),
+    )
 
 
 def worker_environment(config: Config) -> dict[str, str]:

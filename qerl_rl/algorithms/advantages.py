@@ -24,6 +24,10 @@ class Outcome:
     lengths: Tensor
     token_rewards: Tensor
 
+    def by_token(self) -> Tensor:
+        """[T] float64: what each token earned, its sample's reward coming with the last one."""
+        return rewards_by_token(self.rewards, self.lengths, self.token_rewards)
+
     def totals(self) -> Tensor:
         """[S] float64: the reward of each sample with those of its tokens."""
         ids = sequence_ids(self.lengths)
@@ -73,10 +77,7 @@ def reinforce_plus_plus_advantages(
     Raises: ValueError when shapes don't fit or a value is not finite.
     """
     _check_outcome(rewards, lengths, token_rewards)
-    earned = token_rewards.double().clone()
-    filled = lengths > 0
-    earned[lengths.cumsum(0)[filled] - 1] += rewards.double()[filled]
-    return _normalized(discounted_to_go(earned, lengths, discount), eps)
+    return normalized(discounted_to_go(rewards_by_token(rewards, lengths, token_rewards), lengths, discount), eps)
 
 
 def reinforce_plus_plus_baseline_advantages(
@@ -91,7 +92,7 @@ def reinforce_plus_plus_baseline_advantages(
     Raises: ValueError as `group_advantages`.
     """
     centred, _, _ = _centred(rewards, group_ids)
-    return _normalized(centred.repeat_interleave(lengths), eps)
+    return normalized(centred.repeat_interleave(lengths), eps)
 
 
 def generalized_advantages(
@@ -148,7 +149,15 @@ def _check_outcome(rewards: Tensor, lengths: Tensor, token_rewards: Tensor) -> N
             raise ValueError(f"{int((~torch.isfinite(values)).sum())} of {len(values)} {name} are not finite")
 
 
-def _normalized(values: Tensor, eps: float) -> Tensor:
+def rewards_by_token(rewards: Tensor, lengths: Tensor, token_rewards: Tensor) -> Tensor:
+    """token_rewards [T] plus the reward of each sample [S] on its last token: [T] float64; lengths int64 [S]."""
+    earned = token_rewards.double().clone()
+    filled = lengths > 0
+    earned[lengths.cumsum(0)[filled] - 1] += rewards.double()[filled]
+    return earned
+
+
+def normalized(values: Tensor, eps: float = 1e-8) -> Tensor:
     """(values - mean) / (std + eps) of float64 [T] as float32; exactly zero where nothing differs."""
     if not len(values) or values.min() == values.max():
         return torch.zeros(len(values), device=values.device)

@@ -130,7 +130,9 @@ def clipped_value_loss(
     Args: values [T] with gradient; old_values, returns, token_weights [T], constants; clip above 0.
     Returns: (scalar loss, metrics): sums over tokens `value_loss`, `value_clip_fraction`, `value` (V).
     """
-    near = old_values + (values - old_values).clamp(-clip, clip)
+    change = values - old_values
+    # old + (V - old) rounds: a value within the clip must stay itself, or half of these would count as clipped.
+    near = torch.where(change.abs() <= clip, values, old_values + change.clamp(-clip, clip))
     free, limited = (values - returns).square() / 2.0, (near - returns).square() / 2.0
     token_losses = torch.maximum(free, limited)
     metrics = {

@@ -28,6 +28,7 @@ CHOICES = {
     "algorithm.name": ("grpo", "dapo", "ppo", "dpo"),
     "algorithm.loss_aggregation": ("token_mean", "sequence_mean", "sequence_sum_constant"),
     "algorithm.kl_in": ("loss", "reward"),
+    "reward_model.backend": ("hf", "megatron"),
     "track.console": ("auto", "lines", "quiet"),
 }
 
@@ -40,16 +41,17 @@ AT_LEAST = {
     eval.samples reward.length_characters
     rollout.max_prompt_tokens rollout.max_response_tokens lora.rank algorithm.prompts_per_step
     algorithm.prompts_per_mini_batch algorithm.epochs_per_step reward.workers dock.capacity_bytes checkpoint.keep
-    eval.prompts track.samples_per_step""",
-    2: "algorithm.samples_per_prompt noise.stages",
-    0: """reward.memory_bytes data.max_prompt_tokens
+    eval.prompts track.samples_per_step algorithm.samples_per_prompt""",
+    2: "noise.stages",
+    0: """critic.learning_rate critic.warmup_steps critic.head_start_steps reward_model.max_length
+    reward.memory_bytes data.max_prompt_tokens
     cluster.cpus_per_worker train.learning_rate train.warmup_steps train.weight_decay train.max_grad_norm
     rollout.top_k noise.sigma_start noise.sigma_end algorithm.clip_low algorithm.clip_high algorithm.kl_coefficient
     algorithm.entropy_coefficient algorithm.loss_constant_tokens algorithm.kl_target algorithm.overlong_buffer_tokens
     algorithm.overlong_penalty algorithm.discount data.limit checkpoint.every eval.every profiler.step""",
 }
 
-POSITIVE = """eval.temperature
+POSITIVE = """eval.temperature critic.value_clip
 lora.alpha rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
 fault.rollout_timeout_s fault.train_timeout_s train.adam_eps"""
 
@@ -164,6 +166,44 @@ def _check_algorithm(config: Config) -> Fault:
     return None
 
 
+def _check_critic(config: Config) -> Fault:
+    """What goes with a critic, and what without."""
+    algorithm, ppo = config.algorithm, config.algorithm.name == "ppo"
+    key = "algorithm.advantage"
+    if ppo and algorithm.advantage != "gae":
+        problem = f"algorithm.name=ppo takes its advantages from a critic, not from {key}={algorithm.advantage}."
+        return key, problem, f"set {key} to gae"
+    if not ppo and algorithm.advantage == "gae":
+        problem = f"{key}=gae needs a critic, and algorithm.name={algorithm.name} has none."
+        return "algorithm.name", problem, f"set algorithm.name to ppo, or {key} to grpo"
+    key = "algorithm.gae_lambda"
+    if not 0 <= algorithm.gae_lambda <= 1:
+        return key, f"{key}={algorithm.gae_lambda} is no share.", f"set {key} to 0 or more, and 1 or less"
+    key = "algorithm.samples_per_prompt"
+    if algorithm.samples_per_prompt < 2 and not ppo:
+        problem = f"{key}={algorithm.samples_per_prompt} is too small: a sample is compared with its group."
+        return key, problem, f"set {key} to 2 or more, or algorithm.name to ppo"
+    return None
+
+
+def _check_turns(config: Config) -> Fault:
+    """Models that take turns on the cards, and loops that leave them no turn."""
+    judged = config.reward_model.on_the_cards
+    if judged and config.algorithm.name == "dpo":
+        key = "reward_model.path"
+        return key, f"{key}={config.reward_model.path}: algorithm.name=dpo has no rewards.", f"leave {key} empty"
+    if judged and config.algorithm.sampling_rounds > 1:
+        key = "reward_model.backend"
+        problem = (
+            f"{key}=megatron judges after the rollout, algorithm.sampling_rounds={config.algorithm.sampling_rounds}"
+        )
+        return key, f"{problem} asks for rewards during it.", f"set {key} to hf, or algorithm.sampling_rounds to 1"
+    if config.rollout.ahead and (judged or config.algorithm.name == "ppo"):
+        key, who = "rollout.ahead", "the reward model" if judged else "the critic"
+        return key, f"{key}=true keeps both engines at work: {who} has no turn on the card.", f"set {key} to false"
+    return None
+
+
 def _check_adapters(config: Config) -> Fault:
     if not (config.lora.attention or config.lora.experts):
         problem = "lora.attention and lora.experts are both false: nothing would train."
@@ -220,6 +260,8 @@ CHECKS = (
     _check_rollout_layout,
     _check_batches,
     _check_algorithm,
+    _check_critic,
+    _check_turns,
     _check_adapters,
     _check_lengths,
     _check_paths,

@@ -137,3 +137,8 @@ class RewardModelConfig:
     """What a sample's score is multiplied by before it joins the sum of the rewards."""
     max_length: int = 0
     """Tokens of prompt and response that it reads, at most; 0 takes its own limit."""
+
+    @property
+    def on_the_cards(self) -> bool:
+        """Whether the workers hold it and not the reward worker."""
+        return bool(self.path) and self.backend == "megatron"

@@ -28,7 +28,8 @@ from qerl_rl.model.experts import StackedExperts
 from qerl_rl.model.linear import ColumnLinear, RowLinear
 from qerl_rl.model.lora import initialize_adapters
 from qerl_rl.model.parallel import current_sizes, initialize_parallel
-from qerl_rl.model.slots import padded_vocabulary
+from qerl_rl.model.slots import LANGUAGE_MODEL, VALUE, padded_vocabulary
+from qerl_rl.model.value_head import ValueHead
 from qerl_rl.platform.torch_modules import PackedAttention, RMSNorm
 
 __all__ = ["build_model", "initialize_parallel", "transformer_config"]
@@ -44,6 +45,7 @@ def build_model(
     lora: LoraConfig | None,
     quantized: bool,
     *,
+    head: str = LANGUAGE_MODEL,
     seed: int = 1,
 ) -> GPTModel:
     """Megatron's GPTModel of this rank, in train.dtype, with first adapters but base weights that `load_hf` must fill.
@@ -51,6 +53,7 @@ def build_model(
     Needs `prepare_megatron` and `initialize_parallel`. It takes packed sequences: model(input_ids [1, T], position_ids
     [1, T], attention_mask=None, packed_seq_params=PackedSeqParams(qkv_format="thd", ...)) gives logits [1, T,
     vocabulary of this rank] (T divisible by tensor_parallel), `NO_TOKEN` in columns that pad the vocabulary.
+    With head=VALUE it gives values [1, T, 1] (`ValueHead`, which always trains) and no logits.
     With `lora` only adapters train; a quantized base without it trains norms, router, embeddings and biases.
     Float16Module is not needed: parameters are created in train.dtype.
     Raises: ConfigError when the layout does not fit the model.
@@ -69,17 +72,21 @@ def build_model(
         position_embedding_type="rope",
         rotary_base=architecture.rope_theta,
         # Megatron sums the gradients of both copies of a tied embedding, and fails when a frozen one has none.
-        share_embeddings_and_output_weights=architecture.tied_embeddings and (sizes.pipeline == 1 or trains_base),
+        share_embeddings_and_output_weights=head == LANGUAGE_MODEL
+        and architecture.tied_embeddings
+        and (sizes.pipeline == 1 or trains_base),
     )
-    model.lora = lora
+    model.lora, model.head = lora, head
+    if model.post_process and head == VALUE:
+        model.output_layer = ValueHead(config)
     if lora is not None:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("_lora_" in name)
+            parameter.requires_grad_("_lora_" in name or (head == VALUE and name.startswith("output_layer.")))
         initialize_adapters(model, architecture, seed)
         if model.pre_process:
             # Recomputed layers whose input needs no gradient get none at all, without any error.
             model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    if model.post_process:
+    if model.post_process and head == LANGUAGE_MODEL:
         _mask_vocabulary_padding(model, architecture.vocabulary_size)
     return model
 

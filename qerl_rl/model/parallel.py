@@ -22,11 +22,17 @@ def parallel_sizes(train: TrainConfig) -> ParallelSizes:
 def initialize_parallel(train: TrainConfig, seed: int = 1) -> None:
     """Create Megatron's process groups for the layout of `train` and seed its random-number tracker.
 
-    Call after `prepare_megatron` and torch.distributed.init_process_group, once a process.
-    Raises: ConfigError when the sizes don't fit the number of processes.
+    Call after `prepare_megatron` and torch.distributed.init_process_group. Models of one process share the groups: a
+    second call finds them there and changes nothing.
+    Raises: ConfigError when the sizes don't fit the number of processes. RuntimeError when there are groups of another
+    layout.
     """
     world = torch.distributed.get_world_size()
     sizes = parallel_sizes(train)
+    if parallel_state.model_parallel_is_initialized():
+        if current_sizes() != sizes:
+            raise RuntimeError(f"this process has groups for {current_sizes()}, a model wants {sizes}")
+        return
     for product, keys in (
         (sizes.tensor * sizes.pipeline, "tensor_parallel x train.pipeline_parallel"),
         (

@@ -18,6 +18,12 @@ from qerl_rl.model.architecture import MoeArchitecture
 FIRST_STAGE = -1
 """The `layer` of what lies before the layers; `architecture.layers` is the one of what follows them."""
 
+SCORE = "score.weight"
+"""HF name of a value head, [1, hidden]."""
+
+LANGUAGE_MODEL, VALUE = "language_model", "value"
+"""What the output layer of a model gives for each token: logits over the vocabulary, or one number."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -38,6 +44,8 @@ class Slot:
     pieces: tuple[Piece, ...]
     quantizable: bool = False
     exported: bool = True
+    optional: bool = False
+    """A checkpoint may lack it; the tensor then keeps its first value."""
 
     def scales(self) -> Slot:
         """The slot of a quantized weight's scales: one number for each row."""
@@ -64,15 +72,17 @@ def find_tensor(model: torch.nn.Module, path: str) -> torch.Tensor:
     return getattr(model.get_submodule(module), name)
 
 
-def weight_slots(architecture: MoeArchitecture, sizes: ParallelSizes) -> list[Slot]:
-    """Slots of all weights, in the order of the model."""
+def weight_slots(architecture: MoeArchitecture, sizes: ParallelSizes, head: str = LANGUAGE_MODEL) -> list[Slot]:
+    """Slots of all weights of a model with this head, in the order of the model."""
     slots = [_embedding(architecture, sizes)]
     for layer in range(architecture.layers):
         slots += _attention_slots(architecture, layer)
         slots += _expert_slots(architecture, layer)
         slots += _shared_expert_slots(architecture, layer)
     slots.append(_whole(architecture.layers, "decoder.final_layernorm.weight", "model.norm.weight", architecture))
-    if not architecture.tied_embeddings or sizes.pipeline > 1:
+    if head == VALUE:
+        slots.append(value_head_slot(architecture))
+    elif not architecture.tied_embeddings or sizes.pipeline > 1:
         slots.append(_output_layer(architecture, sizes))
     return slots
 
@@ -102,6 +112,12 @@ def _output_layer(architecture: MoeArchitecture, sizes: ParallelSizes) -> Slot:
     tied = architecture.tied_embeddings
     block, pieces = _vocabulary(architecture, sizes, "model.embed_tokens.weight" if tied else "lm_head.weight")
     return Slot(architecture.layers, "output_layer.weight", block, pieces, exported=not tied)
+
+
+def value_head_slot(architecture: MoeArchitecture) -> Slot:
+    """The slot of the value head, named as transformers names it in models for sequence classification."""
+    slot = _whole(architecture.layers, "output_layer.weight", SCORE, architecture, 1, architecture.hidden_size)
+    return replace(slot, optional=True)
 
 
 def _qkv_pieces(architecture: MoeArchitecture, prefix: str, suffix: str, columns: tuple[int, ...]) -> tuple[Piece, ...]:
@@ -185,6 +201,11 @@ def _shared_expert_slots(architecture: MoeArchitecture, layer: int) -> list[Slot
         Slot(layer, "mlp.shared_experts.linear_fc2.weight", Block((hidden, width), 1), down, quantizable=True),
         _whole(layer, "mlp.shared_experts.gate_weight", gate, architecture, 1, hidden),
     ]
+
+
+def trained_slots(architecture: MoeArchitecture, lora: LoraConfig, head: str) -> list[Slot]:
+    """Slots of all that trains over a frozen base: the adapters, and the head of a value model."""
+    return adapter_slots(architecture, lora) + ([value_head_slot(architecture)] if head == VALUE else [])
 
 
 def adapter_slots(architecture: MoeArchitecture, lora: LoraConfig) -> list[Slot]:

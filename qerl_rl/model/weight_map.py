@@ -26,8 +26,10 @@ def load_hf(model: torch.nn.Module, reader: CheckpointReader, architecture: MoeA
     Raises: ConfigError when a tensor is missing, has another shape, or is int8 where the model is not (or reverse).
     """
     sizes, here = current_sizes(), current_coordinates()
-    for slot in weight_slots(architecture, sizes):
+    for slot in weight_slots(architecture, sizes, model.head):
         if slot.stage(architecture.layers, sizes) != here.pipeline:
+            continue
+        if slot.optional and all(piece.name not in reader for piece in slot.pieces):
             continue
         target = find_tensor(model, slot.module_path(architecture.layers, sizes))
         _fill(target, slot, reader, sizes, here)
@@ -94,7 +96,7 @@ def export_hf(
         return _float_weight(model, slot.module_path(layers, sizes), merge_adapters)
 
     dtype, device = model.config.params_dtype, next(model.parameters()).device
-    slots = [slot for slot in weight_slots(architecture, sizes) if slot.exported]
+    slots = [slot for slot in weight_slots(architecture, sizes, model.head) if slot.exported]
     for _, group in groupby(slots, key=lambda slot: slot.layer):
         of_layer = list(group)
         full = gather_slots(of_layer, local, layers=layers, sizes=sizes, ranks=ranks, dtype=dtype, device=device)

@@ -109,6 +109,12 @@ class CheckpointReader:
         self.close()
 
 
+def stored_format(path: str | Path) -> str:
+    """The quant.format of a HF folder: w8a8, or none. Raises: ConfigError, as `CheckpointReader`."""
+    with CheckpointReader(path) as reader:
+        return "w8a8" if any(reader.is_quantized(name) for name in reader.names()) else "none"
+
+
 class ShardWriter:
     """Writes named tensors into safetensors files of at most `shard_bytes` each (a larger tensor gets its own).
 

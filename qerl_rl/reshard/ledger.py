@@ -7,13 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
+POLICY, CRITIC, REWARD_MODEL = "train", "critic", "reward_model"
+"""The models that the trainer runs: names of their phases, and of what they hold."""
+
 
 @dataclass
 class SwapReport:
     """One phase change on one rank.
 
-    phase: the phase that begins. seconds: by stage, in the order run. moved_bytes: adapter bytes written into the
-    rollout engine. released_bytes: bytes by kind that left memory. held_bytes: bytes by engine and kind now in memory.
+    phase: the phase that begins, `rollout` or the name of a model. seconds: by stage, in the order run. moved_bytes:
+    adapter bytes written into the rollout engine. released_bytes: bytes by kind that left memory. held_bytes: bytes by
+    engine and kind now in memory.
     """
 
     phase: str

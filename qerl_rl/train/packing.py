@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -121,3 +121,11 @@ def make_pack(samples: Samples, indices: Sequence[int], multiple_of: int, device
         columns=columns,
         response_lengths=torch.from_numpy(responses).to(device),
     )
+
+
+def at_ends(pack: Pack) -> Pack:
+    """The same micro-batch, to be read once a sample: at its last token, where a model has seen all of it."""
+    samples = len(pack.indices)
+    ends = pack.cumulative_lengths[1 : samples + 1].long() - 1
+    targets, lengths = pack.tokens[0, ends], torch.ones_like(pack.response_lengths)
+    return replace(pack, positions=ends, targets=targets, columns={}, response_lengths=lengths)

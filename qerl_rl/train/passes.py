@@ -15,9 +15,36 @@ from qerl_rl.algorithms.sequences import sequence_ids, token_weights
 from qerl_rl.train.packing import Pack
 from qerl_rl.train.scores import vocab_parallel_scores
 
-LossFunction = Callable[
-    [torch.Tensor, torch.Tensor, dict[str, torch.Tensor], torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]
-]
+Scores = tuple[torch.Tensor, ...]
+"""What a kind of engine reads off the output layer: tensors float32 [N] over the response tokens of a pack."""
+ScoreFunction = Callable[[torch.Tensor, Pack], Scores]
+"""(output [1, N, width of this rank], pack) -> scores."""
+LossFunction = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""(*scores [N], columns {name: [N]}, token_weights [N]) -> (sum of weight * loss, sums over the tokens by name)."""
+
+
+def token_scores(vocabulary: int, temperature: float) -> ScoreFunction:
+    """The scores (log_probs, entropy) of a language model.
+
+    Args: vocabulary: real vocabulary entries. temperature: divides the logits.
+    """
+
+    def score(logits: torch.Tensor, pack: Pack) -> Scores:
+        return vocab_parallel_scores(
+            logits[0],
+            pack.targets,
+            temperature=temperature,
+            vocabulary=vocabulary,
+            first=parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1],
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+
+    return score
+
+
+def value_scores(values: torch.Tensor, pack: Pack) -> Scores:
+    """The scores (values,) of a value model."""
+    return (values[0, :, 0],)
 
 
 class PositionSelection:
@@ -30,7 +57,8 @@ class PositionSelection:
     def __init__(self, output_layer: torch.nn.Module) -> None:
         self.positions: torch.Tensor | None = None
         # Positions count along the whole sequence, so it is gathered here and not in the layer; the gradients of the
-        # ranks' parts of the vocabulary are summed on the way back either way.
+        # ranks' parts of the vocabulary are summed on the way back either way. A value head is not split and says how.
+        self._gather = getattr(output_layer, "gather", gather_from_sequence_parallel_region)
         self._gathers = output_layer.sequence_parallel
         if self._gathers:
             output_layer.sequence_parallel = False
@@ -40,7 +68,7 @@ class PositionSelection:
     def _select(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, *others = inputs
         if self._gathers:
-            hidden = gather_from_sequence_parallel_region(hidden)
+            hidden = self._gather(hidden)
         if self.positions is not None:
             hidden = hidden.index_select(0, self.positions)
         return (hidden, *others)
@@ -49,18 +77,19 @@ class PositionSelection:
 class Passes:
     """Runs the model of this rank over packs. Results are known on the last pipeline stage only.
 
-    Args: model: DDP around the GPTModel. vocabulary: real vocabulary entries. temperature: divides the logits.
+    Args: model: the GPTModel, or DDP around it where it trains. score: what is read off its output layer.
     """
 
-    def __init__(self, model: torch.nn.Module, *, vocabulary: int, temperature: float) -> None:
-        self._model, self._vocabulary, self._temperature = model, vocabulary, temperature
-        self._selection = PositionSelection(model.module.output_layer) if model.module.post_process else None
+    def __init__(self, model: torch.nn.Module, score: ScoreFunction) -> None:
+        self._model, self._score = model, score
+        inner = getattr(model, "module", model)
+        self._selection = PositionSelection(inner.output_layer) if inner.post_process else None
 
-    def scores(self, packs: Sequence[Pack]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(log_probs [N], entropy [N]) float32 of the response tokens of each pack, without gradients."""
+    def scores(self, packs: Sequence[Pack]) -> list[Scores]:
+        """The scores of each pack, without gradients."""
 
-        def collect(pack: Pack, log_probs: torch.Tensor, entropy: torch.Tensor) -> tuple:
-            return log_probs.sum(), pack.response_lengths.sum().int(), (log_probs, entropy)
+        def collect(pack: Pack, *scores: torch.Tensor) -> tuple:
+            return scores[0].sum(), pack.response_lengths.sum().int(), scores
 
         with torch.no_grad():
             return self._run(packs, collect, forward_only=True)
@@ -75,14 +104,14 @@ class Passes:
         Returns: sums over this rank's response tokens: `loss` and what the loss function names.
         """
 
-        def weigh(pack: Pack, log_probs: torch.Tensor, entropy: torch.Tensor) -> tuple:
+        def weigh(pack: Pack, *scores: torch.Tensor) -> tuple:
             weights, count = token_weights(pack.response_lengths, aggregation, constant)
             normalizer = torch.tensor(count, dtype=torch.int)
             if not len(pack.targets):
                 # A loss function may divide by its tokens; the collectives of backward need a graph all the same.
-                return log_probs.sum(), normalizer, {}
+                return scores[0].sum(), normalizer, {}
             columns = {**pack.columns, "sequence_ids": sequence_ids(pack.response_lengths)}
-            loss, metrics = loss_function(log_probs, entropy, columns, weights)
+            loss, metrics = loss_function(*scores, columns, weights)
             sums = {name: float(value) for name, value in {"loss": loss.detach(), **metrics}.items()}
             return loss, normalizer, sums
 
@@ -100,7 +129,7 @@ class Passes:
             if self._selection:
                 self._selection.positions = pack.positions
             output = model(pack.tokens, pack.position_ids, None, packed_seq_params=_packed(pack))
-            return output, lambda logits: finish(pack, *self._score(logits, pack))
+            return output, lambda output: finish(pack, *self._score(output, pack))
 
         return get_forward_backward_func()(
             forward_step_func=forward,
@@ -111,17 +140,6 @@ class Passes:
             seq_length=1,
             micro_batch_size=1,
             forward_only=forward_only,
-        )
-
-    def _score(self, logits: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores of the response tokens from their logits [1, N, V / tensor_parallel]."""
-        return vocab_parallel_scores(
-            logits[0],
-            pack.targets,
-            temperature=self._temperature,
-            vocabulary=self._vocabulary,
-            first=parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1],
-            group=parallel_state.get_tensor_model_parallel_group(),
         )
 
 

@@ -1,5 +1,7 @@
 """The changing state of one rank as named tensors, and back. Import after `prepare_megatron`.
 
+A critic's names begin with critic/; the random states belong to the process and are there once.
+
 parameter/NAME                     a trainable parameter of this rank, as it lies in the model
 optimizer/NAME/{master,exp_avg,exp_avg_sq,step}   this rank's float32 shard of it and its Adam state
 optimizer/NAME/offset              int64: where in the flat parameter that shard begins
@@ -25,7 +27,7 @@ KINDS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def take(state: TrainState) -> dict[str, torch.Tensor]:
-    """A copy of the state."""
+    """A copy of the parameters and the optimizer."""
     tensors = {f"parameter/{name}": parameter.data for name, parameter in state.trainable().items()}
     runs = state.shard_runs()
     for name, shard, moments in state.shards():
@@ -34,11 +36,11 @@ def take(state: TrainState) -> dict[str, torch.Tensor]:
         for kind, moment in moments.items():
             tensors[f"optimizer/{name}/{kind}"] = moment
     # The shards of float32 parameters are views of the parameters; a file holds each of them on its own.
-    return {name: tensor.detach().clone() for name, tensor in (tensors | _random_states()).items()}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def restore(state: TrainState, tensors: Mapping[str, torch.Tensor], *, with_random: bool = True) -> None:
-    """Set the state to what `take` gave, in place; the random states only `with_random`.
+def restore(state: TrainState, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Set the state to what `take` gave, in place.
 
     Raises: ConfigError when a parameter is missing or has another shape: the model is another one.
     """
@@ -55,21 +57,21 @@ def restore(state: TrainState, tensors: Mapping[str, torch.Tensor], *, with_rand
                 _copy(moments[kind], tensors, prefix + kind)
             else:
                 moments[kind] = tensors[prefix + kind].clone()
-    if with_random:
-        _set_random_states(tensors)
 
 
-def _random_states() -> dict[str, torch.Tensor]:
+def random_states() -> dict[str, torch.Tensor]:
+    """A copy of the states of all generators of this process."""
     kind, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
     return {
-        "random/torch": torch.get_rng_state(),
-        **{f"random/tracker/{name}": tensor for name, tensor in get_cuda_rng_tracker().get_states().items()},
+        "random/torch": torch.get_rng_state().clone(),
+        **{f"random/tracker/{name}": tensor.clone() for name, tensor in get_cuda_rng_tracker().get_states().items()},
         "random/numpy": _as_bytes([kind, keys.tolist(), *rest]),
         "random/python": _as_bytes(random.getstate()),
     }
 
 
-def _set_random_states(tensors: Mapping[str, torch.Tensor]) -> None:
+def set_random_states(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Set the generators to what `random_states` gave."""
     torch.set_rng_state(tensors["random/torch"])
     prefix = "random/tracker/"
     get_cuda_rng_tracker().set_states(

@@ -118,6 +118,35 @@ def test_a_single_reward_weighs_one_and_exact_is_the_default(tmp_path):
         ),
         (["model.max_length=100"], "exceed model.max_length=100", "256"),
         (["algorithm.samples_per_prompt=1"], "algorithm.samples_per_prompt=1 is too small", "2 or more"),
+        (["algorithm.name=ppo"], "not from algorithm.advantage=grpo", "set algorithm.advantage to gae"),
+        (["algorithm.advantage=gae"], "algorithm.advantage=gae needs a critic", "set algorithm.name to ppo"),
+        (["algorithm.gae_lambda=1.5"], "algorithm.gae_lambda=1.5 is no share", "1 or less"),
+        (["critic.value_clip=0"], "critic.value_clip=0.0 is not positive", "above 0"),
+        (["critic.head_start_steps=-1"], "critic.head_start_steps=-1 is too small", "0 or more"),
+        (
+            ["algorithm.name=ppo", "algorithm.advantage=gae", "rollout.ahead=true"],
+            "the critic has no turn",
+            "set rollout.ahead to false",
+        ),
+        (
+            ["reward_model.path=m", "reward_model.backend=megatron", "rollout.ahead=true"],
+            "the reward model has no turn",
+            "set rollout.ahead to false",
+        ),
+        (
+            [
+                *("reward_model.path=m", "reward_model.backend=megatron"),
+                *("algorithm.name=dapo", "algorithm.sampling_rounds=2"),
+            ],
+            "asks for rewards during it",
+            "set reward_model.backend to hf",
+        ),
+        (
+            ["reward_model.path=m", "reward_model.backend=megatron", "algorithm.name=dpo"],
+            "dpo has no rewards",
+            "leave reward_model.path empty",
+        ),
+        (["reward_model.backend=vllm"], "reward_model.backend=vllm is unknown", "hf or megatron"),
         (["train.dtype=float64"], "train.dtype=float64 is unknown", "float32 or bfloat16"),
         (["rollout.temperature=0"], "rollout.temperature=0.0 is not positive", "above 0"),
         (["lora.attention=false", "lora.experts=false"], "nothing would train", "true"),
@@ -140,6 +169,13 @@ def test_keys_that_do_not_fit_each_other(tmp_path, overrides, problem, fix):
     assert problem in caught.value.problem
     assert fix in caught.value.fix
     assert caught.value.where
+
+
+def test_a_critic_needs_no_second_sample_of_a_prompt(tmp_path):
+    overrides = ["algorithm.name=ppo", "algorithm.advantage=gae", "algorithm.samples_per_prompt=1"]
+    loaded = load_config(write(tmp_path, VALID), overrides)
+    check_config(loaded.config, loaded.locate)
+    assert loaded.config.samples_per_step == loaded.config.algorithm.prompts_per_step
 
 
 def test_derived_sizes_follow_the_keys(tmp_path):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from qerl_rl.config.schema import AlgorithmConfig, Config, RolloutConfig
+from qerl_rl.config.schema import AlgorithmConfig, Config, RewardModelConfig, RolloutConfig
 from trainer.outcome import step_outcome
 from transfer_dock import Jagged, SampleKey
 
@@ -24,6 +24,16 @@ def batch():
     columns["rewards"] = np.array([1.0, 0.0, 0.5, 0.5], dtype=np.float32)
     columns["truncated"] = np.array([0.0, 0.0, 1.0, 0.0], dtype=np.float32)
     return SimpleNamespace(keys=[SampleKey(1, row // 2, row % 2) for row in range(4)], columns=columns)
+
+
+def test_a_reward_model_on_the_cards_adds_its_weighted_score():
+    judge = RewardModelConfig(path="judge", backend="megatron", weight=0.5)
+    rows = batch()
+    rows.columns["model_scores"] = np.array([2.0, -2.0, 0.0, 1.0], dtype=np.float32)
+    found, metrics = step_outcome(replace(CONFIG, reward_model=judge), rows, 0.0)
+    assert found.rewards.tolist() == [2.0, -1.0, 0.5, 1.0]
+    assert metrics["reward/model_mean"] == 0.25
+    assert metrics["reward/mean"] == 0.5
 
 
 def outcome(kl_coefficient=0.0, **algorithm):

@@ -1,0 +1,138 @@
+"""A model on this rank, frozen or not: where it stands, its packed samples, its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qerl_rl.config.schema import Config
+from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.platform import detect, prepare_megatron
+from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.train.exchange import largest_over
+from qerl_rl.train.offload import Offloader, SpillFile, StateStore
+from qerl_rl.train.packing import Pack, make_pack, partition_alike
+from qerl_rl.train.samples import Samples
+
+if TYPE_CHECKING:
+    from qerl_rl.train.passes import Passes
+
+
+class ModelEngine:
+    """The model at config.model.path in the layout of config.train, with the adapters of config.lora (rank 0: none).
+
+    Runs on every rank; the caller has initialised the default process group. All methods are collective, and ranks of
+    one data-parallel rank pass the same samples. Engines of one process share Megatron's groups, never a store.
+
+    Args: head: what its output layer gives, `qerl_rl.model.slots.LANGUAGE_MODEL` or `VALUE`. store: takes what leaves
+        memory; by default an unlinked file in the folder for temporary files.
+    Raises: ConfigError for a model or a layout that can't be used.
+    """
+
+    _passes: Passes
+
+    def __init__(self, config: Config, store: StateStore | None, *, head: str) -> None:
+        self.config = config
+        device = detect(config.train.device)
+        prepare_megatron(device)
+        # These import megatron, which must see the prepared process.
+        from qerl_rl.model.build import build_model
+        from qerl_rl.model.parallel import initialize_parallel
+        from qerl_rl.model.weight_map import load_hf
+
+        self.device = device.current()
+        initialize_parallel(config.train, seed=config.run.seed)
+        self.architecture = MoeArchitecture.from_folder(config.model.path)
+        lora = config.lora if config.lora.rank > 0 else None
+        self.has_adapters = lora is not None
+        quantized = config.quant.format == "w8a8"
+        self.model = build_model(self.architecture, config.train, lora, quantized, head=head, seed=config.run.seed)
+        """The GPTModel of this rank."""
+        with CheckpointReader(config.model.path) as reader:
+            load_hf(self.model, reader, self.architecture)
+        self._offloader = Offloader(store or SpillFile())
+
+    # ---- where this rank is
+
+    @property
+    def _parallel(self) -> Any:
+        from megatron.core import parallel_state
+
+        return parallel_state
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self._parallel.get_data_parallel_rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self._parallel.get_data_parallel_world_size()
+
+    @property
+    def is_output_rank(self) -> bool:
+        """Whether scores are returned here: tensor-parallel rank 0 of the last pipeline stage."""
+        return self._parallel.is_pipeline_last_stage() and self._parallel.get_tensor_model_parallel_rank() == 0
+
+    # ---- compute
+
+    def _packs(self, samples: Samples) -> list[Pack]:
+        train = self.config.train
+        group = self._parallel.get_data_parallel_group()
+        batches = partition_alike(
+            samples.lengths, train.micro_batch_tokens, lambda count: largest_over(group, count, self.device)
+        )
+        return [make_pack(samples, batch, train.tensor_parallel, self.device) for batch in batches]
+
+    def _scores(self, packs: Sequence[Pack], samples: int) -> list[list[np.ndarray]] | None:
+        """Each score of the packs, as one float32 array a sample in the samples' order; None off `is_output_rank`."""
+        found = self._passes.scores(packs)
+        return by_sample(packs, found, samples) if self.is_output_rank else None
+
+    # ---- memory
+
+    def offload(self) -> dict[str, int]:
+        """Move out of memory what config.swap names. Returns the bytes that left, by kind."""
+        self._track()
+        swap = self.config.swap
+        switches = {
+            "parameters": swap.offload_parameters,
+            "gradients": swap.offload_gradients,
+            "optimizer": swap.offload_optimizer,
+        }
+        return self._offloader.offload(kind for kind, switch in switches.items() if switch)
+
+    def onload(self) -> dict[str, int]:
+        """Bring everything back (gradients as zeros). Returns the bytes that came back, by kind."""
+        return self._offloader.onload()
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of the engine's state in memory now: parameters, gradients, optimizer."""
+        self._track()
+        return self._offloader.held_bytes()
+
+    @property
+    def is_away(self) -> bool:
+        """Whether part of the state is out of memory, so that nothing can be computed."""
+        return self._offloader.is_away
+
+    def _track(self) -> None:
+        """Tell the offloader of all state there is by now."""
+        self._offloader.track("parameters", [*self.model.parameters(), *self.model.buffers()], frozen=True)
+
+    def _require_state(self, purpose: str) -> None:
+        if self.is_away:
+            raise RuntimeError(f"{purpose} needs the train state in memory: call onload() first")
+
+
+def by_sample(packs: Sequence[Pack], found: Sequence[tuple[torch.Tensor, ...]], samples: int) -> list[list[np.ndarray]]:
+    """Scores of one or more packs, cut into those of each sample and put in the order of the samples."""
+    scores: list[list[np.ndarray]] = [[np.empty(0)] * samples for _ in found[0]]
+    for pack, values in zip(packs, found, strict=True):
+        lengths = pack.response_lengths.tolist()
+        for of_kind, flat in zip(scores, values, strict=True):
+            for index, part in zip(pack.indices, flat.cpu().split(lengths), strict=True):
+                of_kind[index] = part.numpy()
+    return scores
