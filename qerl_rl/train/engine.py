@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from qerl_rl.algorithms.sequences import AGGREGATIONS, TOKEN_MEAN
+from qerl_rl.algorithms.sequences import AGGREGATIONS, PAIR_MEAN, TOKEN_MEAN
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import Config
 from qerl_rl.model.architecture import MoeArchitecture
@@ -135,18 +135,19 @@ class TrainEngine:
         """One optimizer update on the samples of all data-parallel ranks.
 
         The loss of each token counts alike (token_mean), that of each sample (sequence_mean), or a sample's is the sum
-        over its tokens / config.loss_constant_tokens (sequence_sum_constant), whatever the layout and micro-batches.
+        over its tokens / config.loss_constant_tokens (sequence_sum_constant), whatever the layout and micro-batches. In
+        pair_mean samples 0 and 1, 2 and 3, ... are pairs that reach the loss function together; each pair counts alike.
 
         Args: loss_function(log_probs [T], entropy [T], columns {name: [T]}, token_weights [T]) -> (loss, metrics): the
-            sum over the T tokens of weight * loss with its gradients, and sums over the tokens by name.
-        Returns, the same on every rank: each metric divided by all response tokens, `loss` (divided by all tokens or
-            samples), `grad_norm` (before clipping) and `learning_rate`.
+            sum over the T tokens of weight * loss with its gradients, and sums over the tokens (or pairs) by name.
+        Returns, the same on every rank: each metric divided by all response tokens (or pairs), `loss` (divided by all
+            tokens, samples or pairs), `grad_norm` (before clipping) and `learning_rate`.
         Raises: ValueError when no rank has a response token; FloatingPointError when the gradient norm is not finite.
         """
         self._require_state("update")
-        if aggregation not in AGGREGATIONS:
-            raise ValueError(f"aggregation {aggregation!r} is neither {' nor '.join(AGGREGATIONS)}")
-        packs = self._packs(samples)
+        if aggregation not in (*AGGREGATIONS, PAIR_MEAN):
+            raise ValueError(f"aggregation {aggregation!r} is neither {' nor '.join((*AGGREGATIONS, PAIR_MEAN))}")
+        packs = self._packs(samples, together=2 if aggregation == PAIR_MEAN else 1)
         learning_rate = self._learning_rate()
         self._state.set_learning_rate(learning_rate)
         self._state.zero_gradients()
@@ -161,15 +162,16 @@ class TrainEngine:
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient norm of update {self.updates + 1} is {grad_norm}")
         self.updates += 1
-        metrics = {name: value / tokens for name, value in totals.items() if name != "loss"}
-        loss = totals["loss"] / (tokens if aggregation == TOKEN_MEAN else sequences)
+        counted = sequences / 2 if aggregation == PAIR_MEAN else tokens
+        metrics = {name: value / counted for name, value in totals.items() if name != "loss"}
+        loss = totals["loss"] / (counted if aggregation in (TOKEN_MEAN, PAIR_MEAN) else sequences)
         return {**metrics, "loss": loss, "grad_norm": float(grad_norm), "learning_rate": learning_rate}
 
-    def _packs(self, samples: Samples) -> list[Pack]:
+    def _packs(self, samples: Samples, together: int = 1) -> list[Pack]:
         train = self.config.train
         group = self._parallel.get_data_parallel_group()
         batches = partition_alike(
-            samples.lengths, train.micro_batch_tokens, lambda count: largest_over(group, count, self.device)
+            samples.lengths, train.micro_batch_tokens, lambda count: largest_over(group, count, self.device), together
         )
         return [make_pack(samples, batch, train.tensor_parallel, self.device) for batch in batches]
 
