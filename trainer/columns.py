@@ -39,6 +39,9 @@ GRPO = {
 DAPO = GRPO | {"selection": ("rewards",), "log_probs": (*GRPO["log_probs"], "selected")}
 """Those of DAPO: what comes after the selection sees the selected samples only, the others lack columns."""
 
+DPO = {"reference": ("prompts", "responses"), "update": ("prompts", "responses", "reference_log_probs")}
+"""Those of DPO: a group is a pair, its sample 0 the chosen response and its sample 1 the rejected one."""
+
 
 def create_dock(config: Config, stages: Mapping[str, Sequence[str]], restore: Path | None = None) -> TransferDock:
     """The dock of a run with these stages; its columns are what they read.

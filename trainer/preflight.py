@@ -13,6 +13,7 @@ from qerl_rl.config.checks import check_config
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.loader import LoadedConfig, to_yaml
 from qerl_rl.config.schema import Config
+from qerl_rl.data.pairs import load_pairs
 from qerl_rl.data.prompts import Prompt, PromptSet, held_out, load_prompts
 from qerl_rl.data.source import PromptSource
 from qerl_rl.model.architecture import MoeArchitecture, check_layout
@@ -119,12 +120,15 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture) ->
     config, rollout = loaded.config, loaded.config.rollout
     try:
         check_layout(architecture, config.train)
-        check_expert_sizes(config.model.path, rollout)
+        if config.has_rollout_engine:
+            check_expert_sizes(config.model.path, rollout)
     except ConfigError as error:
         # What these check is known without a launch file; here the line of the key can be added.
         named = re.search(r"\b[a-z]+\.[a-z_]+(?==)", error.problem)
         where = loaded.locate(named[0]) if named else error.where
         raise ConfigError(error.problem, fix=error.fix, where=where) from None
+    if not config.has_rollout_engine:
+        return
     splits = [
         ("rollout.tensor_parallel", rollout.tensor_parallel, architecture.attention_heads, "attention heads"),
         ("rollout.expert_parallel", rollout_expert_ranks(config), architecture.experts, "experts"),
@@ -159,7 +163,19 @@ def _load_data(loaded: LoadedConfig, tokenizer: Any, needed: int) -> tuple[Promp
             eval_split=config.eval.split,
         )
 
-    loaded_train = load("")
+    def load_training_data() -> PromptSet:
+        if config.algorithm.name != "dpo":
+            return load("")
+        return load_pairs(
+            config.data,
+            tokenizer,
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+            max_response_tokens=config.rollout.max_response_tokens,
+            seed=config.run.seed,
+            count_needed=needed,
+        )
+
+    loaded_train = load_training_data()
     prompts, left_out = loaded_train.prompts, loaded_train.left_out
     evaluation: list[Prompt] = []
     if config.eval.every and config.eval.path:
@@ -208,9 +224,12 @@ def describe(plan: Plan) -> str:
         "samples a rank and mini-batch": config.samples_per_rank_and_mini_batch,
         "tokens a micro-batch, at most": train.micro_batch_tokens,
         "train ranks": f"{config.cluster.workers} = {train_ranks}; {experts}",
-        "rollout ranks": f"{config.cluster.workers} = {rollout_ranks}; experts over {rollout_expert_ranks(config)}",
-        "sequences decoded at once": rollout.max_sequences * rollout.data_parallel,
     }
+    if config.has_rollout_engine:
+        sizes |= {
+            "rollout ranks": f"{config.cluster.workers} = {rollout_ranks}; experts over {rollout_expert_ranks(config)}",
+            "sequences decoded at once": rollout.max_sequences * rollout.data_parallel,
+        }
     width = max(map(len, sizes))
     lines = [f"  {name:<{width}}  {value}" for name, value in sizes.items()]
     return "\n".join(["# resolved configuration", to_yaml(config), "# derived sizes", *lines])

@@ -17,6 +17,7 @@ from qerl_rl.metrics.console import RunDisplay
 from qerl_rl.train.checkpoint import complete_steps, tidy
 from trainer.base import Trainer
 from trainer.dapo import DapoTrainer
+from trainer.dpo import DpoTrainer
 from trainer.grpo import GrpoTrainer
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder, own_peak_bytes
@@ -24,7 +25,7 @@ from trainer.resume import checkpoints_of
 from transfer_dock import DockError
 from workers import WorkerError, WorkerGroup
 
-TRAINERS: dict[str, type[Trainer]] = {"grpo": GrpoTrainer, "dapo": DapoTrainer}
+TRAINERS: dict[str, type[Trainer]] = {"grpo": GrpoTrainer, "dapo": DapoTrainer, "dpo": DpoTrainer}
 """The loop of each algorithm.name."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,7 @@ class PolicyTrainer(Trainer):
             batch = self.lease("update", step)
             rows = self.mini_batches(batch, step)
             metrics = self._update_on(batch, rows, step) if rows else {}
-            tokens = _token_counts(batch)
+            tokens = token_counts(batch)
             self.dock.ack(batch)
             return {**metrics, "train/tokens": float(sum(tokens[update].sum() for update in rows))}
 
@@ -133,7 +134,7 @@ class PolicyTrainer(Trainer):
         algorithm = self.config.algorithm
         shares = update_shares(batch, rows, self.config.train_data_parallel)
         results = self.on_train_ranks("update", shares, lambda share: (share, step, self.kl_coefficient))
-        metrics = {name: float(np.mean([update[name] for update in results[0]])) for name in results[0][0]}
+        metrics = mean_metrics(results[0])
         # The entropy of a step is that of the policy that rolled it out; later mini-batches see a newer one.
         metrics.pop("entropy", None)
         metrics["kl/coefficient"] = self.kl_coefficient
@@ -167,6 +168,11 @@ def token_weighted(parts: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _token_counts(batch: Batch) -> np.ndarray:
+def mean_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over updates of each of their metrics."""
+    return {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+
+
+def token_counts(batch: Batch) -> np.ndarray:
     """Tokens of each row, prompt and response together."""
     return np.diff(batch.columns["prompts"].offsets) + np.diff(batch.columns["responses"].offsets)

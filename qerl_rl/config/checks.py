@@ -24,6 +24,8 @@ CHOICES = {
     "rollout.dtype": ("float32", "bfloat16"),
     "quant.format": ("w8a8", "none"),
     "algorithm.name": ("grpo", "dapo", "ppo", "dpo"),
+    "dpo.loss": ("dpo", "ipo", "cdpo"),
+    "reward_model.backend": ("hf", "megatron"),
     "algorithm.loss_aggregation": ("token_mean", "sequence_mean", "sequence_sum_constant"),
     "algorithm.kl_in": ("loss", "reward"),
     "track.console": ("auto", "lines", "quiet"),
@@ -40,14 +42,15 @@ AT_LEAST = {
     algorithm.prompts_per_mini_batch algorithm.epochs_per_step reward.workers dock.capacity_bytes checkpoint.keep
     eval.prompts track.samples_per_step""",
     2: "algorithm.samples_per_prompt noise.stages",
-    0: """reward.memory_bytes data.max_prompt_tokens
+    0: """dpo.flip_probability reward_model.max_length
+    reward.memory_bytes data.max_prompt_tokens
     cluster.cpus_per_worker train.learning_rate train.warmup_steps train.weight_decay train.max_grad_norm
     rollout.top_k noise.sigma_start noise.sigma_end algorithm.clip_low algorithm.clip_high algorithm.kl_coefficient
     algorithm.entropy_coefficient algorithm.loss_constant_tokens algorithm.kl_target algorithm.overlong_buffer_tokens
     algorithm.overlong_penalty algorithm.discount data.limit checkpoint.every eval.every profiler.step""",
 }
 
-POSITIVE = """eval.temperature
+POSITIVE = """eval.temperature dpo.beta
 lora.alpha rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
 fault.rollout_timeout_s fault.train_timeout_s train.adam_eps"""
 
@@ -109,7 +112,7 @@ def _check_train_layout(config: Config) -> Fault:
 
 def _check_rollout_layout(config: Config) -> Fault:
     workers, rollout = config.cluster.workers, config.rollout
-    if rollout.tensor_parallel * rollout.data_parallel == workers:
+    if not config.has_rollout_engine or rollout.tensor_parallel * rollout.data_parallel == workers:
         return None
     key = "rollout.data_parallel"
     problem = f"rollout.tensor_parallel={rollout.tensor_parallel} x {key}={rollout.data_parallel} is not"
@@ -125,6 +128,10 @@ def _check_batches(config: Config) -> Fault:
         problem = f"{key}={algorithm.prompts_per_mini_batch} does not divide"
         fix = f"set {key} to a divisor of {algorithm.prompts_per_step}"
         return key, f"{problem} algorithm.prompts_per_step={algorithm.prompts_per_step}.", fix
+    if config.algorithm.name == "dpo" and algorithm.prompts_per_mini_batch % config.train_data_parallel:
+        problem = f"{key}={algorithm.prompts_per_mini_batch} pairs do not divide over"
+        fix = f"set {key} to a multiple of {config.train_data_parallel}"
+        return key, f"{problem} {config.train_data_parallel} data-parallel ranks.", fix
     if config.samples_per_mini_batch % config.train_data_parallel:
         problem = f"{config.samples_per_mini_batch} samples a mini-batch ({key} x algorithm.samples_per_prompt) do not"
         fix = f"set {key} to a multiple of {config.train_data_parallel}"
@@ -159,6 +166,30 @@ def _check_algorithm(config: Config) -> Fault:
         key = "algorithm.overlong_buffer_tokens"
         problem = f"{key}={algorithm.overlong_buffer_tokens} is more than rollout.max_response_tokens={longest}."
         return key, problem, f"set {key} to {longest} or less"
+    return None
+
+
+def _check_dpo(config: Config) -> Fault:
+    algorithm, key = config.algorithm, "dpo.flip_probability"
+    if config.dpo.flip_probability >= 0.5:
+        problem = f"{key}={config.dpo.flip_probability} takes most labels to be wrong."
+        return key, problem, f"set {key} below 0.5, or exchange data.chosen_field and data.rejected_field"
+    if algorithm.name != "dpo":
+        return None
+    if algorithm.samples_per_prompt != 2:
+        key = "algorithm.samples_per_prompt"
+        problem = f"{key}={algorithm.samples_per_prompt}, but a prompt of dpo has a chosen and a rejected response."
+        return key, problem, f"set {key} to 2"
+    if config.rollout.temperature != 1:
+        key = "rollout.temperature"
+        problem = f"{key}={config.rollout.temperature} would sharpen or flatten the log-probs that dpo compares."
+        return key, problem, f"set {key} to 1 (eval.temperature is that of evaluations)"
+    if algorithm.kl_coefficient:
+        key = "algorithm.kl_coefficient"
+        problem = f"{key}={algorithm.kl_coefficient} has no place in dpo, whose loss holds the KL."
+        return key, problem, f"set {key} to 0, and dpo.beta higher to stay closer to the reference"
+    if config.noise.enabled:
+        return "noise.enabled", "noise.enabled=true, but dpo samples nothing.", "set noise.enabled to false"
     return None
 
 
@@ -218,6 +249,7 @@ CHECKS = (
     _check_rollout_layout,
     _check_batches,
     _check_algorithm,
+    _check_dpo,
     _check_adapters,
     _check_lengths,
     _check_paths,

@@ -15,7 +15,9 @@ class AlgorithmConfig:
     name: str = "grpo"
     """grpo, dapo (samples again where a group has no signal), ppo (with a critic) or dpo (from pairs, no rollout)."""
     prompts_per_step: int = 16
+    """In dpo: pairs."""
     samples_per_prompt: int = 8
+    """2 in dpo: the chosen response and the rejected one."""
     prompts_per_mini_batch: int = 16
     """Prompts in one optimizer update."""
     epochs_per_step: int = 1

@@ -275,6 +275,11 @@ class Config:
     fault: FaultConfig = field(default_factory=FaultConfig)
 
     @property
+    def has_rollout_engine(self) -> bool:
+        """Whether the workers load the rollout engine; dpo needs it for evaluations only."""
+        return self.algorithm.name != "dpo" or self.eval.every > 0
+
+    @property
     def train_data_parallel(self) -> int:
         """Data-parallel ranks of the trainer."""
         return self.cluster.workers // (self.train.tensor_parallel * self.train.pipeline_parallel)
