@@ -128,7 +128,8 @@ class RunRecorder:
             "adapter": self.export / "adapter",
         }
         if self.config.track.plot:
-            paths["curves"] = plot_run(self.tracker.metrics_path, self.folder / "reward.png")
+            name = "preference.png" if self.config.algorithm.name == "dpo" else "reward.png"
+            paths["curves"] = plot_run(self.tracker.metrics_path, self.folder / name)
         self.display.summary(self.tracker.history, {name: path for name, path in paths.items() if Path(path).exists()})
 
 
