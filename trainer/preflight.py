@@ -19,6 +19,7 @@ from qerl_rl.data.source import PromptSource
 from qerl_rl.model.architecture import MoeArchitecture, check_layout
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.rewards import load_rewards
+from qerl_rl.rewards.model import check_reward_model
 from qerl_rl.rollout.limits import check_expert_sizes
 from trainer.resume import ResumePoint, find_resume
 
@@ -65,6 +66,7 @@ def preflight(loaded: LoadedConfig, resume: str = "never") -> Plan:
     _check_format(loaded)
     _check_model_layouts(loaded, architecture)
     load_rewards(config.reward)
+    _check_reward_model(loaded)
     _check_functions(loaded)
     tokenizer = _load_tokenizer(config.model.path)
     point = find_resume(loaded, resume)
@@ -113,6 +115,17 @@ def _check_functions(loaded: LoadedConfig) -> None:
             find()
         except ConfigError as error:
             raise ConfigError(error.problem, fix=error.fix, where=error.where or loaded.locate(key)) from None
+
+
+def _check_reward_model(loaded: LoadedConfig) -> None:
+    model = loaded.config.reward_model
+    if not model.path or model.backend != "hf":
+        return
+    try:
+        check_reward_model(model.path)
+    except ConfigError as error:
+        raise ConfigError(error.problem, fix=error.fix, where=loaded.locate("reward_model.path")) from None
+    _load_tokenizer(model.path)
 
 
 def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture) -> None:

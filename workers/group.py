@@ -153,7 +153,10 @@ def with_absolute_paths(config: Config) -> Config:
     """The configuration for a process whose working folder may be another."""
     model = dataclasses.replace(config.model, path=str(Path(config.model.path).resolve()))
     run = dataclasses.replace(config.run, output_dir=str(Path(config.run.output_dir).resolve()))
-    return dataclasses.replace(config, model=model, run=run)
+    reward_model = config.reward_model
+    if reward_model.path:
+        reward_model = dataclasses.replace(reward_model, path=str(Path(reward_model.path).resolve()))
+    return dataclasses.replace(config, model=model, run=run, reward_model=reward_model)
 
 
 def worker_environment(config: Config) -> dict[str, str]:

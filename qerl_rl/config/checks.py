@@ -231,8 +231,12 @@ def _check_reward(config: Config) -> Fault:
     for name, weight in reward.functions.items():
         if not math.isfinite(weight):
             return key, f"{key}.{name}={weight} is no weight.", f"set {key}.{name} to a finite number"
-    if not any(reward.weights.values()):
-        return key, f"every weight in {key} is 0: all samples would earn the same.", "set one of them to another number"
+    model = config.reward_model
+    if not math.isfinite(model.weight):
+        return "reward_model.weight", f"reward_model.weight={model.weight} is no weight.", "set it to a finite number"
+    if not any(reward.weights.values()) and not (model.path and model.weight):
+        fix = "set one of them to another number, or give a reward model (reward_model.path, weight)"
+        return key, f"every weight in {key} is 0: all samples would earn the same.", fix
     return None
 
 
