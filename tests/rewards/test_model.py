@@ -15,13 +15,8 @@ from qerl_rl.rewards.scorer import RewardScorer
 from tests.rewards.tiny_models import TEMPLATE, build, byte_tokenizer, save
 
 KINDS = ["decoder", "padded decoder", "encoder"]
-SAMPLES = [
-    ("1+1=", "2", ""),
-    ("say something long: ", "x" * 60, ""),
-    ("ü", "", ""),
-    ("12+7=", "19 !", ""),
-    ("q", "r", ""),
-]
+TEXTS = [("1+1=", "2"), ("say something long: ", "x" * 60), ("ü", ""), ("12+7=", "19 !"), ("q", "r")]
+SAMPLES = [(prompt, response, "") for prompt, response in TEXTS]
 
 
 def by_transformers(folder, texts):
