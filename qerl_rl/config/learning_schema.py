@@ -138,4 +138,4 @@ class RewardModelConfig:
     weight: float = 1.0
     """What a sample's score is multiplied by before it joins the sum of the rewards."""
     max_length: int = 0
-    """Tokens of prompt and response that it reads, at most; 0 takes its own limit."""
+    """Tokens of prompt and response that it reads, at most, the last ones of a longer text; 0 takes its own limit."""

@@ -158,7 +158,8 @@ class LoraConfig:
 class DataConfig:
     train_path: str = ""
     """A .jsonl or .json file, one object a line; a .parquet, .arrow or .csv file; the name of a data set on the Hugging
-    Face hub, such as openai/gsm8k; or `arithmetic` for generated sums."""
+    Face hub, such as openai/gsm8k; a function of yours, package.module.function, called with (this section, split);
+    or `arithmetic` for generated sums."""
     subset: str = ""
     """Configuration of a data set of the hub (`main` for openai/gsm8k); empty takes its default one."""
     split: str = "train"
@@ -169,7 +170,7 @@ class DataConfig:
     Empty takes data.prompt_field as it is."""
     answer_field: str = "answer"
     chosen_field: str = "chosen"
-    """The better response of a pair, in dpo."""
+    """The better response of a pair, in dpo, which has no answers."""
     rejected_field: str = "rejected"
     """The worse response of a pair, in dpo."""
     chat_template: bool = False

@@ -22,7 +22,7 @@ CONFIG = "configs/dpo_quickstart_cpu.yaml"
 PREFERENCE = {f"preference/{name}" for name in ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")}
 TIMED = ("time/", "tokens_per_s/", "memory/")
 SIZES = [
-    "run.steps=8",
+    "run.steps=4",
     "data.train_path=tests.trainer.preferences.more_sevens",
     "data.prompt_field=question",
     "data.chosen_field=good",
@@ -32,7 +32,7 @@ SIZES = [
     "checkpoint.export=false",
     "track.console=lines",
 ]
-WITHOUT_EVALUATION = ["eval.every=0", "checkpoint.every=4"]
+WITHOUT_EVALUATION = ["eval.every=0", "checkpoint.every=2"]
 MARGIN_GAIN, ACCURACY_GAIN = 0.05, 0.1
 
 
@@ -55,7 +55,7 @@ def rows(path):
 
 @pytest.fixture(scope="module")
 def straight(tiny_w8a8, tmp_path_factory):
-    """Folder and console of eight steps without evaluation."""
+    """Folder and console of four steps without evaluation."""
     folder = tmp_path_factory.mktemp("straight")
     return folder, launch(tiny_w8a8("qwen3_moe"), folder, *WITHOUT_EVALUATION)
 
@@ -63,7 +63,7 @@ def straight(tiny_w8a8, tmp_path_factory):
 def test_the_policy_learns_to_prefer_the_chosen_responses(straight):
     folder, console = straight
     steps = rows(folder / "metrics.jsonl")
-    assert [step["step"] for step in steps] == list(range(1, 9))
+    assert [step["step"] for step in steps] == list(range(1, 5))
     for step in steps:
         assert set(step) >= PREFERENCE | {"train/tokens", "data/epochs", "grad_norm"}
         assert all(math.isfinite(step[name]) for name in PREFERENCE)
@@ -94,15 +94,15 @@ def test_a_run_without_a_rollout_leaves_what_it_has(straight):
 
 def test_a_run_resumes_bit_for_bit(straight, tiny_w8a8, tmp_path):
     folder, _ = straight
-    source = folder / "checkpoints" / "step_00000004"
+    source = folder / "checkpoints" / "step_00000002"
     printed = launch(tiny_w8a8("qwen3_moe"), tmp_path, "--resume", str(source), *WITHOUT_EVALUATION)
-    assert "resume: after step 4" in printed
+    assert "resume: after step 2" in printed
     for name in ("metrics.jsonl", "samples.jsonl"):
-        assert rows(tmp_path / name) == [row for row in rows(folder / name) if row["step"] > 4]
+        assert rows(tmp_path / name) == [row for row in rows(folder / name) if row["step"] > 2]
     files = sorted(path.name for path in source.glob("*.safetensors"))
     assert files == ["adapters.safetensors", "rank_00000.safetensors", "rank_00001.safetensors"]
     for name in files:
-        found, expected = (load_file(run / "checkpoints" / "step_00000008" / name) for run in (tmp_path, folder))
+        found, expected = (load_file(run / "checkpoints" / "step_00000004" / name) for run in (tmp_path, folder))
         assert found.keys() == expected.keys()
         # Without Python's and numpy's generators: Ray's threads draw too.
         ours = [key for key in expected if not key.endswith(("random/numpy", "random/python"))]
