@@ -126,23 +126,30 @@ class ActorHybridWorker:
         answers = {output.group: output.responses for output in outputs}
         return [answers[i] for i in range(len(prompts))] if self._writes_rollouts else None
 
-    def log_probs(self, dock: TransferDock, batch: Batch) -> dict[str, float]:
-        """Old and reference log-probs of this rank's samples into the dock; returns sums over their tokens."""
+    def log_probs(self, dock: TransferDock, batch: Batch, step: int = 0) -> dict[str, float]:
+        """Old and reference log-probs of this rank's samples into the dock; returns means over their tokens.
+
+        With noise.log_probs=noisy the old ones are those of the policy with the noise of `step`, which sampled.
+        """
         samples = to_samples(batch)
-        old = self.train.log_probs(samples)
+        noise = self.swap.noise_of(step if self.config.noise.log_probs == "noisy" else 0)
+        old = self.train.log_probs(samples, noise=noise)
+        clean = self.train.log_probs(samples) if noise.sigma else old
         reference = self.train.log_probs(samples, adapters=False)
-        if old is None or reference is None:
+        if old is None or clean is None or reference is None:
             return {}
         columns = {
             "old_log_probs": Jagged.from_rows(old.log_probs),
             "reference_log_probs": Jagged.from_rows(reference.log_probs),
         }
         dock.put(columns, batch.keys)
-        from qerl_rl.algorithms.mismatch import rollout_mismatch
+        from qerl_rl.algorithms.mismatch import noise_mismatch, rollout_mismatch
 
         rollout_rows = list(batch.columns["rollout_log_probs"].rows())
         return {
             **rollout_mismatch(rollout_rows, old.log_probs),
+            **(noise_mismatch(old.log_probs, clean.log_probs) if noise.sigma else {}),
+            **({"noise/sigma": self.swap.noise_of(step).sigma} if self.config.noise.enabled else {}),
             "entropy": float(np.concatenate(old.entropy).mean()),
             "tokens": float(sum(len(row) for row in rollout_rows)),
         }
