@@ -33,7 +33,8 @@ SIZES = [
     "track.console=lines",
 ]
 WITHOUT_EVALUATION = ["eval.every=0", "checkpoint.every=2"]
-MARGIN_GAIN, ACCURACY_GAIN = 0.05, 0.1
+# Measured with seeds 1, 2 and 3: the margin gains 9.4, 9.3 and 10.1, the accuracy 0.53, 0.50 and 0.50.
+MARGIN_GAIN, ACCURACY_GAIN = 5.0, 0.3
 
 
 def launch(model, folder, *arguments):
