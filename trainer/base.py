@@ -64,9 +64,13 @@ class Trainer(ABC):
             reports = self.workers.call(method, *arguments).wait(timeout_s=self.config.fault.train_timeout_s)
             self.recorder.swap(reports)
 
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the step is one of eval.every."""
+        return bool(self.plan.eval_prompts) and step % self.config.eval.every == 0
+
     def evaluate(self, step: int) -> dict[str, float]:
         """Answers to the held-out prompts, where the step is one of eval.every; the engines must have the cards."""
-        if not self.plan.eval_prompts or step % self.config.eval.every:
+        if not self.evaluates_at(step):
             return {}
         with self.recorder.phase("eval"):
             return evaluate(self.plan.eval_prompts, self.config, self.workers)

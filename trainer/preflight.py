@@ -14,11 +14,13 @@ from qerl_rl.config.checks import check_config
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.loader import LoadedConfig, to_yaml
 from qerl_rl.config.schema import Config
+from qerl_rl.data.pairs import load_pairs
 from qerl_rl.data.prompts import Prompt, PromptSet, held_out, load_prompts
 from qerl_rl.data.source import PromptSource
 from qerl_rl.model.architecture import MoeArchitecture, check_layout
 from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.rewards import load_rewards
+from qerl_rl.rewards.model import check_reward_model
 from qerl_rl.rollout.limits import check_expert_sizes
 from trainer.resume import ResumePoint, find_resume
 from trainer.value_models import check_value_models, load_tokenizer
@@ -66,6 +68,7 @@ def preflight(loaded: LoadedConfig, resume: str = "never") -> Plan:
     _check_format(loaded)
     _check_model_layouts(loaded, architecture)
     load_rewards(config.reward)
+    _check_reward_model(loaded)
     _check_functions(loaded)
     tokenizer = load_tokenizer(config.model.path)
     check_value_models(loaded, architecture, tokenizer)
@@ -103,17 +106,31 @@ def _check_functions(loaded: LoadedConfig) -> None:
             raise ConfigError(error.problem, fix=error.fix, where=error.where or loaded.locate(key)) from None
 
 
+def _check_reward_model(loaded: LoadedConfig) -> None:
+    model = loaded.config.reward_model
+    if not model.path or model.backend != "hf":
+        return
+    try:
+        check_reward_model(model.path)
+    except ConfigError as error:
+        raise ConfigError(error.problem, fix=error.fix, where=loaded.locate("reward_model.path")) from None
+    load_tokenizer(model.path)
+
+
 def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture) -> None:
     """Both engines' parallel sizes must fit the model."""
     config, rollout = loaded.config, loaded.config.rollout
     try:
         check_layout(architecture, config.train)
-        check_expert_sizes(config.model.path, rollout)
+        if config.has_rollout_engine:
+            check_expert_sizes(config.model.path, rollout)
     except ConfigError as error:
         # What these check is known without a launch file; here the line of the key can be added.
         named = re.search(r"\b[a-z]+\.[a-z_]+(?==)", error.problem)
         where = loaded.locate(named[0]) if named else error.where
         raise ConfigError(error.problem, fix=error.fix, where=where) from None
+    if not config.has_rollout_engine:
+        return
     splits = [
         ("rollout.tensor_parallel", rollout.tensor_parallel, architecture.attention_heads, "attention heads"),
         ("rollout.expert_parallel", rollout_expert_ranks(config), architecture.experts, "experts"),
@@ -148,7 +165,19 @@ def _load_data(loaded: LoadedConfig, tokenizer: Any, needed: int) -> tuple[Promp
             eval_split=config.eval.split,
         )
 
-    loaded_train = load("")
+    def load_training_data() -> PromptSet:
+        if config.algorithm.name != "dpo":
+            return load("")
+        return load_pairs(
+            config.data,
+            tokenizer,
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+            max_response_tokens=config.rollout.max_response_tokens,
+            seed=config.run.seed,
+            count_needed=needed,
+        )
+
+    loaded_train = load_training_data()
     prompts, left_out = loaded_train.prompts, loaded_train.left_out
     evaluation: list[Prompt] = []
     if config.eval.every and config.eval.path:
@@ -197,9 +226,12 @@ def describe(plan: Plan) -> str:
         "samples a rank and mini-batch": config.samples_per_rank_and_mini_batch,
         "tokens a micro-batch, at most": train.micro_batch_tokens,
         "train ranks": f"{config.cluster.workers} = {train_ranks}; {experts}",
-        "rollout ranks": f"{config.cluster.workers} = {rollout_ranks}; experts over {rollout_expert_ranks(config)}",
-        "sequences decoded at once": rollout.max_sequences * rollout.data_parallel,
     }
+    if config.has_rollout_engine:
+        sizes |= {
+            "rollout ranks": f"{config.cluster.workers} = {rollout_ranks}; experts over {rollout_expert_ranks(config)}",
+            "sequences decoded at once": rollout.max_sequences * rollout.data_parallel,
+        }
     width = max(map(len, sizes))
     lines = [f"  {name:<{width}}  {value}" for name, value in sizes.items()]
     return "\n".join(["# resolved configuration", to_yaml(config), "# derived sizes", *lines])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -14,6 +14,7 @@ import numpy as np
 
 from qerl_rl.config.loader import to_yaml
 from qerl_rl.config.schema import Config
+from qerl_rl.data.pairs import Pair
 from qerl_rl.metrics.console import RunDisplay
 from qerl_rl.metrics.plot import plot_run
 from qerl_rl.metrics.tracker import Tracker, keep_before
@@ -63,10 +64,11 @@ class RunRecorder:
         return {f"time/{name}_s": value for name, value in seconds.items()} | {"time/total_s": total}
 
     def _throughput(self, record: dict[str, float]) -> dict[str, float]:
-        rollout, train = self._seconds.get("rollout", 0.0), self._seconds.get("update", 0.0)
+        phases = {"rollout": "rollout", "train": "update"}
         return {
-            "tokens_per_s/rollout": record["rollout/tokens"] / rollout,
-            "tokens_per_s/train": record["train/tokens"] / train,
+            f"tokens_per_s/{name}": record[f"{name}/tokens"] / self._seconds[phase]
+            for name, phase in phases.items()
+            if f"{name}/tokens" in record
         }
 
     @contextmanager
@@ -107,6 +109,12 @@ class RunRecorder:
                 },
             )
 
+    def pairs(self, step: int, pairs: Sequence[Pair]) -> None:
+        """Write the first pairs of a step to samples.jsonl."""
+        for group, pair in enumerate(pairs[: self.config.track.samples_per_step]):
+            fields = {"group": group, "prompt": pair.text, "chosen": pair.answer, "rejected": pair.rejected_text}
+            self.tracker.sample(step, fields)
+
     def finish(self) -> None:
         """Draw the curves and show the table that ends a run."""
         self.tracker.close()
@@ -120,7 +128,8 @@ class RunRecorder:
             "adapter": self.export / "adapter",
         }
         if self.config.track.plot:
-            paths["curves"] = plot_run(self.tracker.metrics_path, self.folder / "reward.png")
+            name = "preference.png" if self.config.algorithm.name == "dpo" else "reward.png"
+            paths["curves"] = plot_run(self.tracker.metrics_path, self.folder / name)
         self.display.summary(self.tracker.history, {name: path for name, path in paths.items() if Path(path).exists()})
 
 

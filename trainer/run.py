@@ -18,6 +18,7 @@ from qerl_rl.metrics.console import RunDisplay
 from qerl_rl.train.checkpoint import complete_steps, tidy
 from trainer.base import Trainer
 from trainer.dapo import DapoTrainer
+from trainer.dpo import DpoTrainer
 from trainer.grpo import GrpoTrainer
 from trainer.ppo import PpoTrainer
 from trainer.preflight import Plan
@@ -26,7 +27,7 @@ from trainer.resume import checkpoints_of
 from transfer_dock import DockError
 from workers import WorkerError, WorkerGroup
 
-TRAINERS: dict[str, type[Trainer]] = {"grpo": GrpoTrainer, "dapo": DapoTrainer, "ppo": PpoTrainer}
+TRAINERS: dict[str, type[Trainer]] = {"grpo": GrpoTrainer, "dapo": DapoTrainer, "ppo": PpoTrainer, "dpo": DpoTrainer}
 """The loop of each algorithm.name."""
 
 

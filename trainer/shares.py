@@ -47,11 +47,14 @@ def kept_rows(updates: Sequence[Sequence[int]], kept: Sequence[bool]) -> list[li
     return [update for update in left if update]
 
 
-def update_shares(batch: Batch, updates: Sequence[Sequence[int]], ranks: int) -> list[list[Batch]]:
-    """For each data-parallel rank its part of every update."""
+def update_shares(
+    batch: Batch, updates: Sequence[Sequence[int]], ranks: int, *, whole_groups: bool = False
+) -> list[list[Batch]]:
+    """For each data-parallel rank its part of every update; with `whole_groups` no group is parted."""
     shares: list[list[Batch]] = [[] for _ in range(ranks)]
     for rows in updates:
-        parts = [[rows[i] for i in part] for part in even_rows(len(rows), ranks)]
+        dealt = group_rows([batch.keys[row] for row in rows], ranks) if whole_groups else even_rows(len(rows), ranks)
+        parts = [[rows[i] for i in part] for part in dealt]
         for rank, part in enumerate(batch.split(parts)):
             shares[rank].append(part)
     return shares

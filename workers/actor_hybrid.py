@@ -7,7 +7,7 @@ import os
 import random
 import resource
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from transfer_dock import Batch, Jagged, SampleKey, TransferDock
 from workers.batches import group_requests, to_samples
 
 if TYPE_CHECKING:
+    from qerl_rl.algorithms.grpo import LossFunction
     from qerl_rl.train.engine import TrainEngine
     from qerl_rl.train.model_engine import ModelEngine
     from qerl_rl.train.value_engine import RewardModelEngine, ValueEngine
@@ -52,7 +53,7 @@ class ActorHybridWorker:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def start(self, address: str, port: int) -> dict[str, Any]:
-        """Load both engines; returns this rank's place in the layouts and the bytes each engine holds."""
+        """Load the engines that the run needs; returns this rank's place in the layouts."""
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(self.rank), LOCAL_RANK=str(self.rank))
         os.environ.update(WORLD_SIZE=str(self.world_size), LOCAL_WORLD_SIZE=str(self.world_size))
 
@@ -63,10 +64,20 @@ class ActorHybridWorker:
         import torch
 
         torch.distributed.init_process_group(device.collective_backend, rank=self.rank, world_size=self.world_size)
+        self.train, beside = self._load_models()
+        if self.config.has_rollout_engine:
+            self._start_rollout(beside)
+        seed_global_generators(self.config.run.seed, self.rank)
+        return {
+            "train_data_rank": self.train.data_parallel_rank,
+            "rollout_data_rank": self.rank // self.config.rollout.tensor_parallel,
+        }
+
+    def _start_rollout(self, beside: Mapping[str, ModelEngine]) -> None:
+        # Importing vLLM takes seconds, which a run without a rollout is spared.
         from qerl_rl.reshard.swap import Swap
         from qerl_rl.rollout.vllm_engine import VllmEngine
 
-        self.train, beside = self._load_models()
         self.rollout = VllmEngine(
             self.config.model.path,
             self.config.rollout,
@@ -76,12 +87,6 @@ class ActorHybridWorker:
         )
         self.swap = Swap(self.train, self.rollout, self.config.swap, self.config.noise, self.config.run, beside)
         self.rollout.release_kv_cache()
-        seed_global_generators(self.config.run.seed, self.rank)
-        return {
-            "train_data_rank": self.train.data_parallel_rank,
-            "rollout_data_rank": self.rank // self.config.rollout.tensor_parallel,
-            "held_bytes": self.swap.held_bytes(),
-        }
 
     def _load_models(self) -> tuple[TrainEngine, dict[str, ModelEngine]]:
         """The policy, and what takes turns with it; each is out of memory while the next one loads."""
@@ -198,22 +203,44 @@ class ActorHybridWorker:
             for batch in batches
         ]
 
+    def reference_log_probs(self, dock: TransferDock, batch: Batch) -> None:
+        """Log-probs of this rank's responses by the model without adapters, into the dock."""
+        reference = self.train.log_probs(to_samples(batch), adapters=False)
+        if reference is not None:
+            dock.put({"reference_log_probs": Jagged.from_rows(reference.log_probs)}, batch.keys)
+
     def update(self, batches: Sequence[Batch], step: int, kl_coefficient: float) -> list[dict[str, float]]:
         """One optimizer update for each mini-batch share; returns the metrics of each, equal on all ranks.
 
         kl_coefficient takes the place of the configured one, which the driver may steer.
         """
         from qerl_rl.algorithms.grpo import grpo_loss
-        from qerl_rl.metrics.profile import profiled
 
         loss_function = grpo_loss(dataclasses.replace(self.config.algorithm, kl_coefficient=kl_coefficient))
         columns = ("old_log_probs", "reference_log_probs", "advantages")
+        return self._updates(batches, step, columns, loss_function, self.config.algorithm.loss_aggregation)
+
+    def update_pairs(self, batches: Sequence[Batch], step: int) -> list[dict[str, float]]:
+        """`update` on pairs of a chosen and a rejected response: of each batch rows 0 and 1, 2 and 3, ..."""
+        from qerl_rl.algorithms.dpo import pair_loss
+        from qerl_rl.algorithms.sequences import PAIR_MEAN
+
+        return self._updates(batches, step, ("reference_log_probs",), pair_loss(self.config.dpo), PAIR_MEAN)
+
+    def _updates(
+        self,
+        batches: Sequence[Batch],
+        step: int,
+        columns: Sequence[str],
+        loss_function: LossFunction,
+        aggregation: str,
+    ) -> list[dict[str, float]]:
+        from qerl_rl.metrics.profile import profiled
+
         record = self.rank == 0 and step == self.config.profiler.step
         with profiled(Path(self.config.run.output_dir) / "profile" if record else None):
             return [
-                self.train.update(
-                    to_samples(batch, columns), loss_function, aggregation=self.config.algorithm.loss_aggregation
-                )
+                self.train.update(to_samples(batch, columns), loss_function, aggregation=aggregation)
                 for batch in batches
             ]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from typing import Any
 
 from qerl_rl.config.loader import from_dict
 from qerl_rl.metrics.accuracy import accuracy_metrics
-from qerl_rl.rewards.scorer import RewardScorer
+from qerl_rl.rewards.model import MODEL, RewardModel
+from qerl_rl.rewards.scorer import RewardScorer, Sample, Scores
 from qerl_rl.rewards.votes import SAME_VALUE, comparison_of, group_answers, judge_of
 from transfer_dock import TransferDock
 
@@ -26,15 +28,18 @@ class RewardWorker:
         self.judge = judge_of(self.config.reward.weights)
         votes_by_value = self.config.eval.every and self.config.eval.samples > 1 and comparison_of(self.judge).by_value
         self.scorer = RewardScorer(self.config.reward, [SAME_VALUE] if votes_by_value else [])
+        own = self.config.reward_model
+        self.model = RewardModel(own, self.config.data) if own.path and own.backend == "hf" else None
 
     def score(self, dock: TransferDock, samples: int) -> dict[str, float]:
         """Score the next `samples` samples, group by group as they finish.
 
-        Returns: `failures` (samples that a function failed on) and the mean of each function, by its name.
+        Returns: `failures` (samples that a function failed on) and the mean of each function, by its name; `model_mean`
+            where there is a reward model.
         """
         group_size = self.config.algorithm.samples_per_prompt
         failures, done = 0, 0
-        sums = dict.fromkeys(self.config.reward.weights, 0.0)
+        sums: dict[str, float] = {}
         while done < samples:
             batch = dock.get(
                 "reward",
@@ -45,13 +50,13 @@ class RewardWorker:
             )
             texts = self.tokenizer.batch_decode(list(batch.columns["responses"].rows()), skip_special_tokens=True)
             problems = list(zip(batch.columns["prompt_texts"], texts, batch.columns["answers"], strict=True))
-            scores = self.scorer.score(problems)
+            scores = self._scores(problems)
             dock.put({"rewards": scores.values, "response_texts": texts}, batch.keys)
             dock.ack(batch)
             failures += len(scores.failures)
             done += len(batch.keys)
             for name, part in scores.parts.items():
-                sums[name] += float(part.sum(dtype=float))
+                sums[name] = sums.get(name, 0.0) + float(part.sum(dtype=float))
         return {"failures": float(failures), **{name: total / done for name, total in sums.items()}}
 
     def evaluate(self, questions: list[tuple[str, list[list[int]], str]]) -> dict[str, float]:
@@ -65,12 +70,19 @@ class RewardWorker:
         rows = [
             (prompt, text, answer) for (prompt, _, answer), own in zip(questions, texts, strict=True) for text in own
         ]
-        scores = self.scorer.score(rows)
+        scores = self._scores(rows)
         correct = scores.parts[self.judge].reshape(len(questions), -1) >= self.config.eval.correct_at
         votes = self.config.eval.samples > 1
         groups = group_answers(prompts, comparison_of(self.judge), self.scorer) if votes else []
         metrics = accuracy_metrics(correct, groups)
         return {**metrics, "reward_mean": float(scores.values.mean()), "failures": float(len(scores.failures))}
+
+    def _scores(self, samples: Sequence[Sample]) -> Scores:
+        """What the functions give, and the reward model beside them."""
+        scores = self.scorer.score(samples)
+        if self.model is None:
+            return scores
+        return scores.plus(MODEL, self.config.reward_model.weight, *self.model.score(samples))
 
     def peak_bytes(self) -> int:
         """The most memory this process has held, in bytes."""

@@ -7,6 +7,8 @@ from torch import Tensor
 
 TOKEN_MEAN, SEQUENCE_MEAN, SEQUENCE_SUM_CONSTANT = "token_mean", "sequence_mean", "sequence_sum_constant"
 AGGREGATIONS = (TOKEN_MEAN, SEQUENCE_MEAN, SEQUENCE_SUM_CONSTANT)
+PAIR_MEAN = "pair_mean"
+"""For losses over pairs of sequences that lie one after another; no launch file names it, dpo implies it."""
 
 
 def sequence_ids(lengths: Tensor) -> Tensor:
@@ -45,6 +47,7 @@ def token_weights(lengths: Tensor, aggregation: str, constant: int) -> tuple[Ten
     token_mean: weight 1, divided by the number of tokens (DAPO, arXiv 2503.14476, eq. 12). sequence_mean: 1 / length,
     divided by the number of sequences (GRPO, arXiv 2402.03300, eq. 3). sequence_sum_constant: 1 / constant, divided by
     the number of sequences (Dr. GRPO, arXiv 2503.20783, section 3.2: no sequence counts less for being long).
+    pair_mean: weight 1, divided by the number of pairs (DPO, arXiv 2305.18290, eq. 7: the mean over pairs).
 
     Both parts of the result add up over micro-batches and ranks, hence any split gives the same loss and gradients.
 
@@ -59,4 +62,6 @@ def token_weights(lengths: Tensor, aggregation: str, constant: int) -> tuple[Ten
         return (1.0 / lengths).repeat_interleave(lengths), len(lengths)
     if aggregation == SEQUENCE_SUM_CONSTANT:
         return torch.full((int(lengths.sum()),), 1.0 / constant, device=lengths.device), len(lengths)
+    if aggregation == PAIR_MEAN:
+        return torch.ones(int(lengths.sum()), device=lengths.device), len(lengths) // 2
     raise ValueError(f"aggregation {aggregation!r} is neither {' nor '.join(AGGREGATIONS)}")

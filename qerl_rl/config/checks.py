@@ -26,6 +26,7 @@ CHOICES = {
     "noise.schedule": ("exponential", "linear", "cosine", "logarithmic", "constant"),
     "noise.log_probs": ("clean", "noisy"),
     "algorithm.name": ("grpo", "dapo", "ppo", "dpo"),
+    "dpo.loss": ("dpo", "ipo", "cdpo"),
     "algorithm.loss_aggregation": ("token_mean", "sequence_mean", "sequence_sum_constant"),
     "algorithm.kl_in": ("loss", "reward"),
     "reward_model.backend": ("hf", "megatron"),
@@ -43,7 +44,7 @@ AT_LEAST = {
     algorithm.prompts_per_mini_batch algorithm.epochs_per_step reward.workers dock.capacity_bytes checkpoint.keep
     eval.prompts track.samples_per_step algorithm.samples_per_prompt""",
     2: "noise.stages",
-    0: """critic.learning_rate critic.warmup_steps critic.head_start_steps reward_model.max_length
+    0: """dpo.flip_probability critic.learning_rate critic.warmup_steps critic.head_start_steps reward_model.max_length
     reward.memory_bytes data.max_prompt_tokens
     cluster.cpus_per_worker train.learning_rate train.warmup_steps train.weight_decay train.max_grad_norm
     rollout.top_k noise.sigma_start noise.sigma_end algorithm.clip_low algorithm.clip_high algorithm.kl_coefficient
@@ -51,7 +52,7 @@ AT_LEAST = {
     algorithm.overlong_penalty algorithm.discount data.limit checkpoint.every eval.every profiler.step""",
 }
 
-POSITIVE = """eval.temperature critic.value_clip
+POSITIVE = """eval.temperature critic.value_clip dpo.beta
 lora.alpha rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
 fault.rollout_timeout_s fault.train_timeout_s train.adam_eps"""
 
@@ -113,7 +114,7 @@ def _check_train_layout(config: Config) -> Fault:
 
 def _check_rollout_layout(config: Config) -> Fault:
     workers, rollout = config.cluster.workers, config.rollout
-    if rollout.tensor_parallel * rollout.data_parallel == workers:
+    if not config.has_rollout_engine or rollout.tensor_parallel * rollout.data_parallel == workers:
         return None
     key = "rollout.data_parallel"
     problem = f"rollout.tensor_parallel={rollout.tensor_parallel} x {key}={rollout.data_parallel} is not"
@@ -129,6 +130,10 @@ def _check_batches(config: Config) -> Fault:
         problem = f"{key}={algorithm.prompts_per_mini_batch} does not divide"
         fix = f"set {key} to a divisor of {algorithm.prompts_per_step}"
         return key, f"{problem} algorithm.prompts_per_step={algorithm.prompts_per_step}.", fix
+    if config.algorithm.name == "dpo" and algorithm.prompts_per_mini_batch % config.train_data_parallel:
+        problem = f"{key}={algorithm.prompts_per_mini_batch} pairs do not divide over"
+        fix = f"set {key} to a multiple of {config.train_data_parallel}"
+        return key, f"{problem} {config.train_data_parallel} data-parallel ranks.", fix
     if config.samples_per_mini_batch % config.train_data_parallel:
         problem = f"{config.samples_per_mini_batch} samples a mini-batch ({key} x algorithm.samples_per_prompt) do not"
         fix = f"set {key} to a multiple of {config.train_data_parallel}"
@@ -204,6 +209,30 @@ def _check_turns(config: Config) -> Fault:
     return None
 
 
+def _check_dpo(config: Config) -> Fault:
+    algorithm, key = config.algorithm, "dpo.flip_probability"
+    if config.dpo.flip_probability >= 0.5:
+        problem = f"{key}={config.dpo.flip_probability} takes most labels to be wrong."
+        return key, problem, f"set {key} below 0.5, or exchange data.chosen_field and data.rejected_field"
+    if algorithm.name != "dpo":
+        return None
+    if algorithm.samples_per_prompt != 2:
+        key = "algorithm.samples_per_prompt"
+        problem = f"{key}={algorithm.samples_per_prompt}, but a prompt of dpo has a chosen and a rejected response."
+        return key, problem, f"set {key} to 2"
+    if config.rollout.temperature != 1:
+        key = "rollout.temperature"
+        problem = f"{key}={config.rollout.temperature} would sharpen or flatten the log-probs that dpo compares."
+        return key, problem, f"set {key} to 1 (eval.temperature is that of evaluations)"
+    if algorithm.kl_coefficient:
+        key = "algorithm.kl_coefficient"
+        problem = f"{key}={algorithm.kl_coefficient} has no place in dpo, whose loss holds the KL."
+        return key, problem, f"set {key} to 0, and dpo.beta higher to stay closer to the reference"
+    if config.noise.enabled:
+        return "noise.enabled", "noise.enabled=true, but dpo samples nothing.", "set noise.enabled to false"
+    return None
+
+
 def _check_adapters(config: Config) -> Fault:
     if not (config.lora.attention or config.lora.experts):
         problem = "lora.attention and lora.experts are both false: nothing would train."
@@ -242,8 +271,12 @@ def _check_reward(config: Config) -> Fault:
     for name, weight in reward.functions.items():
         if not math.isfinite(weight):
             return key, f"{key}.{name}={weight} is no weight.", f"set {key}.{name} to a finite number"
-    if not any(reward.weights.values()):
-        return key, f"every weight in {key} is 0: all samples would earn the same.", "set one of them to another number"
+    model = config.reward_model
+    if not math.isfinite(model.weight):
+        return "reward_model.weight", f"reward_model.weight={model.weight} is no weight.", "set it to a finite number"
+    if not any(reward.weights.values()) and not (model.path and model.weight):
+        fix = "set one of them to another number, or give a reward model (reward_model.path, weight)"
+        return key, f"every weight in {key} is 0: all samples would earn the same.", fix
     return None
 
 
@@ -262,6 +295,7 @@ CHECKS = (
     _check_algorithm,
     _check_critic,
     _check_turns,
+    _check_dpo,
     _check_adapters,
     _check_lengths,
     _check_paths,

@@ -15,7 +15,9 @@ class AlgorithmConfig:
     name: str = "grpo"
     """grpo, dapo (samples again where a group has no signal), ppo (with a critic) or dpo (from pairs, no rollout)."""
     prompts_per_step: int = 16
+    """In dpo: pairs."""
     samples_per_prompt: int = 8
+    """2 in dpo: the chosen response and the rejected one."""
     prompts_per_mini_batch: int = 16
     """Prompts in one optimizer update."""
     epochs_per_step: int = 1
@@ -136,7 +138,7 @@ class RewardModelConfig:
     weight: float = 1.0
     """What a sample's score is multiplied by before it joins the sum of the rewards."""
     max_length: int = 0
-    """Tokens of prompt and response that it reads, at most; 0 takes its own limit."""
+    """Tokens of prompt and response that it reads, at most, the last ones of a longer text; 0 takes its own limit."""
 
     @property
     def on_the_cards(self) -> bool:

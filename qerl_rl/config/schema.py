@@ -165,7 +165,8 @@ class LoraConfig:
 class DataConfig:
     train_path: str = ""
     """A .jsonl or .json file, one object a line; a .parquet, .arrow or .csv file; the name of a data set on the Hugging
-    Face hub, such as openai/gsm8k; or `arithmetic` for generated sums."""
+    Face hub, such as openai/gsm8k; a function of yours, package.module.function, called with (this section, split);
+    or `arithmetic` for generated sums."""
     subset: str = ""
     """Configuration of a data set of the hub (`main` for openai/gsm8k); empty takes its default one."""
     split: str = "train"
@@ -176,7 +177,7 @@ class DataConfig:
     Empty takes data.prompt_field as it is."""
     answer_field: str = "answer"
     chosen_field: str = "chosen"
-    """The better response of a pair, in dpo."""
+    """The better response of a pair, in dpo, which has no answers."""
     rejected_field: str = "rejected"
     """The worse response of a pair, in dpo."""
     chat_template: bool = False
@@ -280,6 +281,11 @@ class Config:
     track: TrackConfig = field(default_factory=TrackConfig)
     profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     fault: FaultConfig = field(default_factory=FaultConfig)
+
+    @property
+    def has_rollout_engine(self) -> bool:
+        """Whether the workers load the rollout engine; dpo needs it for evaluations only."""
+        return self.algorithm.name != "dpo" or self.eval.every > 0
 
     @property
     def train_data_parallel(self) -> int:

@@ -27,3 +27,16 @@ def arithmetic_problems(
         result = {"+": left + right, "-": left - right, "*": left * right}[operator]
         problems.append((f"{left}{operator}{right}=", str(result)))
     return problems
+
+
+def with_wrong_digits(problems: list[tuple[str, str]], share: float, seed: int) -> list[tuple[str, str]]:
+    """The problems, each with probability `share` with one digit of its answer replaced by another."""
+    draw = random.Random(seed)
+    spoiled = []
+    for prompt, answer in problems:
+        if draw.random() < share:
+            place = draw.choice([index for index, character in enumerate(answer) if character.isdigit()])
+            digit = draw.choice([digit for digit in "0123456789" if digit != answer[place]])
+            answer = answer[:place] + digit + answer[place + 1 :]
+        spoiled.append((prompt, answer))
+    return spoiled

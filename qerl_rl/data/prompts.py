@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,8 @@ import numpy as np
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import DataConfig
-from qerl_rl.data.arithmetic import arithmetic_problems
-from qerl_rl.data.lines import line_entries
-from qerl_rl.data.records import Entry, Record, to_records
-from qerl_rl.data.tables import hub_entries, is_hub_name, is_table, table_entries
-
-ARITHMETIC = "arithmetic"
-"""The data path that generates sums instead of reading a file."""
+from qerl_rl.data.paths import read_records
+from qerl_rl.data.records import Record
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +25,11 @@ class Prompt:
     tokens: np.ndarray
     """[tokens] int32, with chat template and special tokens: what the engine gets."""
     answer: str
+
+    @property
+    def content(self) -> tuple[bytes, ...]:
+        """What makes this prompt another than others, for digests of a data set."""
+        return self.tokens.astype("<i4").tobytes(), self.answer.encode()
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,19 @@ def load_prompts(
     Raises: ConfigError with the line of the file when it can't be used, or a prompt that data.max_prompt_tokens doesn't
         leave out is longer than max_prompt_tokens.
     """
-    path, key = (eval_path, "eval.path") if eval_path else (data.train_path, "data.train_path")
-    if path == ARITHMETIC:
-        problems = arithmetic_problems(data.limit or count_needed, seed)
-        entries: Iterable[Entry] = [Entry(path, {"prompt": p, "answer": a}, "problem") for p, a in problems]
-    elif is_table(path):
-        entries = table_entries(path, key=key)
-    elif is_hub_name(path):
-        split, split_key = (eval_split, "eval.split") if eval_path else (data.split, "data.split")
-        entries = hub_entries(path, subset=data.subset, split=split, key=key, split_key=split_key)
-    else:
-        entries = line_entries(path, key=key)
-    records = to_records(entries, data)
-    if not records:
-        raise ConfigError(f"{path} has no lines.", fix=f"set {key} to data with at least one line or row", where=path)
+    records = read_records(data, seed=seed, count_needed=count_needed, eval_path=eval_path, eval_split=eval_split)
+    texts, token_lists, kept = tokenized(records, data, tokenizer, max_prompt_tokens=max_prompt_tokens)
+    prompts = [Prompt(row, texts[row], token_lists[row], _answer(records[row], data)) for row in kept]
+    return PromptSet(prompts, len(records) - len(kept))
+
+
+def tokenized(
+    records: Sequence[Record], data: DataConfig, tokenizer: Any, *, max_prompt_tokens: int
+) -> tuple[list[str], list[np.ndarray], list[int]]:
+    """Text and tokens (int32) of each record's prompt, and the rows that data.max_prompt_tokens does not leave out.
+
+    Raises: ConfigError when that leaves none, or one of those rows is longer than max_prompt_tokens.
+    """
     texts = [record.prompt + data.instruction for record in records]
     token_lists = _tokenize(texts, data, tokenizer)
     kept = [row for row, tokens in enumerate(token_lists) if len(tokens) <= (data.max_prompt_tokens or len(tokens))]
@@ -101,14 +100,10 @@ def load_prompts(
     if not kept:
         shortest = min(map(len, token_lists))
         raise ConfigError(
-            f"data.max_prompt_tokens={data.max_prompt_tokens} leaves out every prompt of {path}.",
+            f"data.max_prompt_tokens={data.max_prompt_tokens} leaves out every prompt of {len(records)}.",
             fix=f"set data.max_prompt_tokens to {shortest} or more",
         )
-    prompts = [
-        Prompt(row, texts[row], np.asarray(token_lists[row], dtype=np.int32), _answer(records[row], data))
-        for row in kept
-    ]
-    return PromptSet(prompts, len(records) - len(kept))
+    return texts, [np.asarray(tokens, dtype=np.int32) for tokens in token_lists], kept
 
 
 def _tokenize(texts: list[str], data: DataConfig, tokenizer: Any) -> list[list[int]]:

@@ -31,25 +31,32 @@ class Record:
     place: str
     prompt: str
     answer: str
+    """In pairs: the chosen response."""
+    rejected: str = ""
 
 
-def to_records(entries: Iterable[Entry], data: DataConfig) -> list[Record]:
+def to_records(entries: Iterable[Entry], data: DataConfig, *, pairs: bool = False) -> list[Record]:
     """The records of the entries, the first data.limit of them (0: all).
 
+    Args: pairs: read data.chosen_field and data.rejected_field instead of data.answer_field.
     Raises: ConfigError when data.prompt_template is no template, or an entry lacks a field or has something else than
         text (in an answer or a template: text or a number) in it.
     """
     template = PromptTemplate(data.prompt_template) if data.prompt_template else None
     records: list[Record] = []
     for entry in entries:
-        answer = _text_or_number(entry, data.answer_field, "data.answer_field")
+        if pairs:
+            answer = _text_or_number(entry, data.chosen_field, "data.chosen_field")
+            rejected = _text_or_number(entry, data.rejected_field, "data.rejected_field")
+        else:
+            answer, rejected = _text_or_number(entry, data.answer_field, "data.answer_field"), ""
         if template is None:
             prompt = _value(entry, data.prompt_field, "data.prompt_field")
             if not isinstance(prompt, str) or not prompt:
                 raise _wrong_type(entry, data.prompt_field, prompt, "text")
         else:
             prompt = template.fill({name: _text_or_number(entry, name, KEY) for name in template.fields})
-        records.append(Record(entry.place, prompt, answer))
+        records.append(Record(entry.place, prompt, answer, rejected))
         if len(records) == data.limit:
             break
     return records

@@ -15,7 +15,7 @@ _MUST_STAY = {
     "prompts": ("prompts", "the data section"),
     "seed": ("seed", "run.seed"),
     "shuffle": ("shuffle", "data.shuffle"),
-    "digest": ("the digest of prompts and answers", "the data section, the tokenizer and the data itself"),
+    "digest": ("the digest of prompts and answers (or pairs)", "the data section, the tokenizer and the data itself"),
 }
 """What must not change between a checkpoint and its resumption: how to call it, and what sets it."""
 
@@ -62,10 +62,10 @@ class PromptSource:
 
     @cached_property
     def _digest(self) -> int:
-        """Of every prompt's tokens and answer, in their order."""
+        """Of every prompt's content, in their order."""
         digest = hashlib.blake2b(digest_size=7)
         for prompt in self._prompts:
-            for part in (prompt.tokens.astype("<i4").tobytes(), prompt.answer.encode()):
+            for part in prompt.content:
                 digest.update(len(part).to_bytes(8, "little") + part)
         return int.from_bytes(digest.digest(), "little")
 

@@ -16,6 +16,8 @@ FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 """The reader of `datasets` by the file's ending."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 _LINES = (".jsonl", ".json")
+FILE_ENDINGS = (*_LINES, *FORMATS)
+"""The endings that make a path a file's, whether it is there or not."""
 
 
 def is_table(path: str) -> bool:

@@ -6,7 +6,6 @@ pretrained on the web did: it knows more than it samples, and rewards bring that
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qerl_rl.data.arithmetic import with_wrong_digits
 
 Problems = list[tuple[str, str]]
 
@@ -93,19 +94,6 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.T
         share = chosen.float().mean(0) / top_k
         losses.append(experts * (share * logits.softmax(-1).mean(0)).sum())
     return torch.stack(losses).mean()
-
-
-def with_wrong_digits(problems: Problems, share: float, seed: int) -> Problems:
-    """The problems, each with probability `share` with one digit of its answer replaced by another."""
-    draw = random.Random(seed)
-    spoiled = []
-    for prompt, answer in problems:
-        if draw.random() < share:
-            place = draw.choice([index for index, character in enumerate(answer) if character.isdigit()])
-            digit = draw.choice([digit for digit in "0123456789" if digit != answer[place]])
-            answer = answer[:place] + digit + answer[place + 1 :]
-        spoiled.append((prompt, answer))
-    return spoiled
 
 
 class _Trainer:

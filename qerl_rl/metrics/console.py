@@ -69,7 +69,7 @@ class RunDisplay:
         self._line_lock = threading.Lock()
         self._live: Live | None = None
         self._ended = threading.Event()
-        self._step, self._last_reward, self._note = first_step, "", ""
+        self._step, self._last, self._note = first_step, "", ""
         self._run_start = self._step_start = self._last_line = clock()
         self._phase = _Phase("", self._run_start)
         self._phase_seconds: dict[str, float] = {}
@@ -127,7 +127,7 @@ class RunDisplay:
         """A line with what came of the step; ETA is the mean of the last 5 steps times those left."""
         now = self._clock()
         self._durations.append(metrics.get("time/total_s") or now - self._step_start)
-        self._last_reward = _number(metrics, "reward/mean", ".3f")
+        self._last = " ".join(_figures(metrics)[0].split()[:2])
         self._step, self._step_start, self._note = step + 1, now, ""
         self._print(self._step_line(step, metrics))
 
@@ -185,9 +185,7 @@ class RunDisplay:
         phases = [f"{name} {spent:.1f}" for name, spent in seconds_by_phase([metrics]).items() if spent >= 0.05]
         parts = [
             f"step {step:>{width}}/{self._steps}",
-            f"reward {self._last_reward} ± {_number(metrics, 'reward/std', '.3f')}",
-            f"entropy {_number(metrics, 'entropy', '.3f')}",
-            f"kl {_number(metrics, 'kl/reference', '.4f')}",
+            *_figures(metrics),
             f"{self._durations[-1]:.1f} s" + (f" ({', '.join(phases)})" if phases else ""),
         ]
         return "  ".join(parts + ([f"ETA {self._eta()}"] if step < self._steps else []))
@@ -201,7 +199,7 @@ class RunDisplay:
             ProgressBar(total=float(self._steps), completed=min(self._steps, self._step - 1 + in_step), width=30),
             Text(f"elapsed {format_duration(now - self._run_start)}"),
             Text(f"ETA {self._eta()}"),
-            Text(f"last reward {self._last_reward or '-'}"),
+            Text(f"last {self._last}" if self._last else ""),
         )
         inner = Table.grid(padding=(0, 2))
         inner.add_row(
@@ -211,6 +209,18 @@ class RunDisplay:
             Text(f"{now - phase.start:.0f} s" if phase.name else "", style="dim"),
         )
         return Group(run, inner, Text(self._note, style="dim", overflow="ellipsis", no_wrap=True))
+
+
+def _figures(metrics: Mapping[str, Any]) -> list[str]:
+    """What came of a step, the most telling figure first: of its rewards, or of its pairs where it had none."""
+    if "preference/margin" in metrics:
+        names = ("margin", "accuracy", "loss")
+        return [f"{name} {_number(metrics, f'preference/{name}', '.3f')}" for name in names]
+    return [
+        f"reward {_number(metrics, 'reward/mean', '.3f')} ± {_number(metrics, 'reward/std', '.3f')}",
+        f"entropy {_number(metrics, 'entropy', '.3f')}",
+        f"kl {_number(metrics, 'kl/reference', '.4f')}",
+    ]
 
 
 def _number(metrics: Mapping[str, Any], name: str, form: str) -> str:

@@ -62,6 +62,8 @@ def summary_table(
     )
     for label, name, digits in (
         ("reward", "reward/mean", 3),
+        ("margin of pairs", "preference/margin", 3),
+        ("accuracy of pairs", "preference/accuracy", 3),
         ("entropy", "entropy", 3),
         ("KL to reference", "kl/reference", 4),
     ):

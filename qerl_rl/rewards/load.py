@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import inspect
-import os
 from collections.abc import Callable
-from types import ModuleType
 
+from qerl_rl.config.dotted import find_function
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import RewardConfig
 
@@ -82,45 +79,5 @@ def load_reward(name: str) -> RewardFunction:
             f"{name!r} is not a known reward.",
             fix=f"set it to {near[0]}, or to a dotted path package.module.function",
         )
-    module_name, _, function_name = BUILTIN.get(name, name).rpartition(".")
-    module = _import(name, module_name)
-    function = getattr(module, function_name, None)
-    where = getattr(module, "__file__", None) or module_name
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = difflib.get_close_matches(function_name, known, n=1) or [f"one of {', '.join(known) or 'its functions'}"]
-        raise ConfigError(
-            f"the reward {name!r}: {module_name} has no function {function_name!r}.",
-            fix=f"name {near[0]} instead",
-            where=where,
-        )
-    try:
-        inspect.signature(function).bind("prompt", "response", "answer")
-    except TypeError as error:
-        raise ConfigError(
-            f"the reward {name!r} can't be called with (prompt, response, answer): {error}.",
-            fix="let it take these three strings, in this order, and return a number",
-            where=where,
-        ) from error
-    return function
-
-
-def _import(name: str, module_name: str) -> ModuleType:
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A module that exists but imports something missing is another mistake than a wrong name.
-        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ConfigError(
-                f"the reward {name!r}: there is no module {error.name!r}.",
-                fix=f"correct the name, or put the folder that holds it in PYTHONPATH (now in {os.getcwd()})",
-            ) from error
-        raise ConfigError(
-            f"the reward {name!r}: {module_name} imports {error.name!r}, which is not installed.",
-            fix=f"install {error.name}, or name another function",
-        ) from error
-    except Exception as error:
-        raise ConfigError(
-            f"the reward {name!r}: importing {module_name} raised {type(error).__name__}: {error}.",
-            fix=f"make `import {module_name}` work",
-        ) from error
+    # The ones of this package are imported on demand as well: math needs what a run with `exact` never loads.
+    return find_function("reward", BUILTIN.get(name, name), {}, ("prompt", "response", "answer"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -27,6 +27,20 @@ class Scores:
     """[S] float32 for each function, before its weight; 0 where it failed."""
     failures: dict[int, str]
     """Which function failed on a sample and why, by the sample's index."""
+
+    def plus(self, name: str, weight: float, values: np.ndarray, failures: Mapping[int, str]) -> Scores:
+        """These and a further part [S], which counts `weight` times."""
+        total = self.values.astype(np.float64) + weight * values.astype(np.float64)
+        joined = _joined(self.failures, name, failures)
+        return Scores(total.astype(np.float32), self.parts | {name: values}, joined)
+
+
+def _joined(failures: Mapping[int, str], name: str, further: Mapping[int, str]) -> dict[int, str]:
+    """The reasons of both, by the sample's index; `further` are those of the function `name`."""
+    added = {
+        index: "; ".join(filter(None, [failures.get(index), f"{name}: {reason}"])) for index, reason in further.items()
+    }
+    return {**failures, **added}
 
 
 class RewardScorer:
@@ -68,8 +82,7 @@ class RewardScorer:
             values, failed = self.apply(name, samples)
             parts[name] = values
             total += weight * values.astype(np.float64)
-            for index, reason in failed.items():
-                failures[index] = "; ".join(filter(None, [failures.get(index), f"{name}: {reason}"]))
+            failures = _joined(failures, name, failed)
         self.failed_samples += len(failures)
         return Scores(total.astype(np.float32), parts, failures)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from qerl_rl.algorithms.sequences import AGGREGATIONS, TOKEN_MEAN
+from qerl_rl.algorithms.sequences import AGGREGATIONS, PAIR_MEAN, TOKEN_MEAN
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import Config
 from qerl_rl.train import checkpoint
@@ -61,19 +61,20 @@ class LearningEngine(ModelEngine):
         """One optimizer update on the samples of all data-parallel ranks.
 
         The loss of each token counts alike (token_mean), that of each sample (sequence_mean), or a sample's is the sum
-        over its tokens / config.loss_constant_tokens (sequence_sum_constant), whatever the layout and micro-batches.
+        over its tokens / config.loss_constant_tokens (sequence_sum_constant), whatever the layout and micro-batches. In
+        pair_mean samples 0 and 1, 2 and 3, ... are pairs that reach the loss function together; each pair counts alike.
 
         Args: loss_function(*scores [T], columns {name: [T]}, token_weights [T]) -> (loss, metrics): the sum over the T
-            tokens of weight * loss with its gradients, and sums over the tokens by name. Scores are log_probs and
-            entropy of a policy, the values of a critic.
-        Returns, the same on every rank: each metric divided by all response tokens, `loss` (divided by all tokens or
-            samples), `grad_norm` (before clipping) and `learning_rate`.
+            tokens of weight * loss with its gradients, and sums over the tokens (or pairs) by name. Scores are
+            log_probs and entropy of a policy, the values of a critic.
+        Returns, the same on every rank: each metric divided by all response tokens (or pairs), `loss` (divided by all
+            tokens, samples or pairs), `grad_norm` (before clipping) and `learning_rate`.
         Raises: ValueError when no rank has a response token; FloatingPointError when the gradient norm is not finite.
         """
         self._require_state("update")
-        if aggregation not in AGGREGATIONS:
-            raise ValueError(f"aggregation {aggregation!r} is neither {' nor '.join(AGGREGATIONS)}")
-        packs = self._packs(samples)
+        if aggregation not in (*AGGREGATIONS, PAIR_MEAN):
+            raise ValueError(f"aggregation {aggregation!r} is neither {' nor '.join((*AGGREGATIONS, PAIR_MEAN))}")
+        packs = self._packs(samples, together=2 if aggregation == PAIR_MEAN else 1)
         learning_rate = self._learning_rate()
         self._state.set_learning_rate(learning_rate)
         self._state.zero_gradients()
@@ -88,8 +89,9 @@ class LearningEngine(ModelEngine):
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient norm of update {self.updates + 1} is {grad_norm}")
         self.updates += 1
-        metrics = {name: value / tokens for name, value in totals.items() if name != "loss"}
-        loss = totals["loss"] / (tokens if aggregation == TOKEN_MEAN else sequences)
+        counted = sequences / 2 if aggregation == PAIR_MEAN else tokens
+        metrics = {name: value / counted for name, value in totals.items() if name != "loss"}
+        loss = totals["loss"] / (counted if aggregation in (TOKEN_MEAN, PAIR_MEAN) else sequences)
         return {**metrics, "loss": loss, "grad_norm": float(grad_norm), "learning_rate": learning_rate}
 
     def _learning_rate(self) -> float:

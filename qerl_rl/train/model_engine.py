@@ -78,11 +78,11 @@ class ModelEngine:
 
     # ---- compute
 
-    def _packs(self, samples: Samples) -> list[Pack]:
+    def _packs(self, samples: Samples, together: int = 1) -> list[Pack]:
         train = self.config.train
         group = self._parallel.get_data_parallel_group()
         batches = partition_alike(
-            samples.lengths, train.micro_batch_tokens, lambda count: largest_over(group, count, self.device)
+            samples.lengths, train.micro_batch_tokens, lambda count: largest_over(group, count, self.device), together
         )
         return [make_pack(samples, batch, train.tensor_parallel, self.device) for batch in batches]
 

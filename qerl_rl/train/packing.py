@@ -47,20 +47,28 @@ def _longest_first(lengths: Sequence[int], order: Sequence[int], count: int) -> 
     return batches
 
 
-def partition_alike(lengths: Sequence[int], micro_batch_tokens: int, largest: Callable[[int], int]) -> list[list[int]]:
+def partition_alike(
+    lengths: Sequence[int], micro_batch_tokens: int, largest: Callable[[int], int], together: int = 1
+) -> list[list[int]]:
     """`partition`, with the same number of micro-batches on all data-parallel ranks.
 
     Expert-parallel collectives cross data-parallel ranks, so every rank must run as many micro-batches as the others;
     a rank with too few samples gets empty ones at the end.
 
-    Args: largest: an integer of this rank -> the largest over all data-parallel ranks (a collective).
+    Args: largest: an integer of this rank -> the largest over all data-parallel ranks (a collective). together: so many
+    samples, one after another, are never parted (2: samples 0 and 1, 2 and 3, ...); they count as one.
+    Raises: ValueError when the samples are no multiple of `together`.
     """
+    if len(lengths) % together:
+        raise ValueError(f"{len(lengths)} samples are no multiple of the {together} that belong together")
+    sizes = [sum(lengths[first : first + together]) for first in range(0, len(lengths), together)]
     count = 1
     while True:
-        batches = partition(lengths, micro_batch_tokens, at_least=count)
+        batches = partition(sizes, micro_batch_tokens, at_least=count)
         agreed = largest(len(batches))
         if agreed <= count:
-            return batches + [[] for _ in range(count - len(batches))]
+            found = [[unit * together + own for unit in batch for own in range(together)] for batch in batches]
+            return found + [[] for _ in range(count - len(found))]
         count = agreed
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qerl_rl.data.arithmetic import arithmetic_problems
+from qerl_rl.data.arithmetic import arithmetic_problems, with_wrong_digits
 from qerl_rl.make_model.characters import character_tokenizer
 from qerl_rl.make_model.random_model import MoeSizes, build_moe, randomize
 from qerl_rl.make_model.tiny import make_tiny
@@ -23,7 +23,6 @@ from qerl_rl.make_model.warm_start import (
     encode,
     sampled_accuracy,
     warm_start,
-    with_wrong_digits,
 )
 from qerl_rl.quant.checkpoint import CheckpointReader
 

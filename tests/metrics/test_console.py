@@ -47,6 +47,17 @@ def test_a_finished_step_is_one_line():
     )
 
 
+def pair_metrics(step: int) -> dict[str, float]:
+    names = {"preference/margin": step / 10, "preference/accuracy": 0.5 + step / 40, "preference/loss": 0.7 - step / 50}
+    return {"step": step, **names, "time/update_s": 4.0, "time/total_s": 5.0, "tokens_per_s/train": 10.0}
+
+
+def test_a_step_from_pairs_shows_what_it_has():
+    shown, stream, _ = display()
+    shown.finish_step(3, pair_metrics(3))
+    assert stream.getvalue() == "step  3/20  margin 0.300  accuracy 0.575  loss 0.640  5.0 s (update 4.0)  ETA 1:25\n"
+
+
 def test_missing_and_null_metrics_are_dashes():
     shown, stream, clock = display(steps=2)
     clock.now += 4
@@ -146,6 +157,14 @@ def test_summary_compares_the_first_and_the_last_five_steps():
     assert cell(text, "rollout speed") == "1,010 tokens/s, median of the steps"
     assert cell(text, "peak memory") == "20.00 GiB"
     assert "train speed" not in text
+
+
+def test_summary_of_pairs_has_rows_of_its_own():
+    text = summary_text([pair_metrics(step) for step in range(1, 21)], {})
+    assert cell(text, "margin of pairs") == "first 0.300, last 1.800 (+1.500; mean of 5 steps)"
+    assert cell(text, "accuracy of pairs") == "first 0.575, last 0.950 (+0.375; mean of 5 steps)"
+    assert "reward" not in text
+    assert "rollout" not in text
 
 
 def test_summary_windows_never_overlap():

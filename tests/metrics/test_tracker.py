@@ -116,6 +116,27 @@ def test_the_picture_shows_a_rising_reward_above_a_falling_entropy(tmp_path, ste
     assert reward_right < reward_left < entropy_left < entropy_right
 
 
+def test_the_picture_of_pairs_shows_margins_above_a_rising_accuracy(tmp_path):
+    entries = [
+        {
+            "step": step,
+            "preference/reward_chosen": 0.1 * step,
+            "preference/reward_rejected": -0.1 * step,
+            "preference/margin": 0.2 * step,
+            "preference/accuracy": 0.5 + step / 60,
+        }
+        for step in range(1, 31)
+    ]
+    # Below the legend, which has samples of the colours.
+    image = drawn(tmp_path, entries)[:, 250:]
+    chosen, margin, rejected, accuracy = (
+        rows_of_colour(image, colour)
+        for colour in ((0.23, 0.56, 0.3), (0.12, 0.37, 0.66), (0.69, 0.23, 0.28), (0.75, 0.35, 0.11))
+    )
+    assert margin[1] < chosen[1] < chosen[0] < rejected[1] < accuracy[1] < accuracy[0]
+    assert rejected[0] < rejected[1]
+
+
 def test_the_picture_survives_gaps_single_steps_and_missing_columns(tmp_path):
     drawn(tmp_path, [{"step": 1, "reward/mean": 0.5, "reward/std": None, "entropy": 1.0}])
     drawn(tmp_path, [{"step": step, "reward/mean": None if step % 3 else 0.5} for step in range(1, 40)])

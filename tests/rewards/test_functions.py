@@ -100,13 +100,13 @@ def test_a_dotted_path_loads_a_function_of_the_user():
     [
         ("exat", "not a known reward", "set it to exact"),
         ("frobnicate", "not a known reward", "one of exact, math, boxed_math"),
-        ("own_rewards.lenght", "no function 'lenght'", "name length instead"),
-        ("own_rewards.json", "no function 'json'", "brief, length"),
-        ("own_rewards.brief", "can't be called with (prompt, response, answer)", "these three strings"),
-        ("no_such_module.reward", "no module 'no_such_module'", "PYTHONPATH"),
-        ("own_rewards.inner.reward", "'own_rewards.inner'", "correct the name"),
+        ("own_rewards.lenght", "no function lenght", "name length instead"),
+        ("own_rewards.json", "no function json", "brief, length"),
+        ("own_rewards.brief", "can't be called with (prompt, response, answer)", "let it take these"),
+        ("no_such_module.reward", "no module no_such_module", "PYTHONPATH"),
+        ("own_rewards.inner.reward", "own_rewards.inner", "correct the name"),
         ("broken_rewards.reward", "ZeroDivisionError", "import broken_rewards"),
-        ("needy_rewards.reward", "imports 'not_installed_anywhere'", "install"),
+        ("needy_rewards.reward", "imports not_installed_anywhere", "install"),
     ],
 )
 def test_a_name_that_leads_nowhere_says_what_to_do(name, problem, fix):

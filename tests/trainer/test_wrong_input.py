@@ -11,6 +11,7 @@ import ray
 import launch
 
 ROOT = Path(__file__).parents[2]
+DPO = "algorithm.name=dpo algorithm.samples_per_prompt=2"
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,15 @@ def test_a_valid_file_passes_the_dry_run(launch_file, capsys):
     assert not ray.is_initialized()
 
 
+def test_the_dry_run_of_dpo_names_no_rollout_unless_it_evaluates(launch_file, capsys):
+    for evaluation, shown in (("eval.every=0", False), ("eval.every=1", True)):
+        # Without a rollout, its layout is of no interest.
+        layout = [] if shown else ["rollout.data_parallel=5"]
+        arguments = ["--config", str(launch_file), "--dry-run", *DPO.split(), evaluation, "eval.prompts=2", *layout]
+        assert launch.main(arguments) == 0
+        assert ("rollout ranks" in capsys.readouterr().out) == shown
+
+
 @pytest.mark.parametrize(
     ("override", "problem", "fix"),
     [
@@ -64,6 +74,22 @@ def test_a_valid_file_passes_the_dry_run(launch_file, capsys):
         ("reward.functions.fromat=1", "fromat", "format"),
         ("data.prompt_template='{prompt}-{question}'", "no field 'question'", "data.prompt_template"),
         ("data.train_path=/no/such.parquet", "/no/such.parquet", "data.train_path"),
+        ("data.train_path=no_module.rows", "no module no_module", "PYTHONPATH"),
+        ("reward_model.path=/no/such/model", "/no/such/model holds no config.json", "set reward_model.path"),
+        ("reward_model.backend=vllm", "reward_model.backend=vllm is unknown", "hf or megatron"),
+        ("reward_model.weight=.inf", "reward_model.weight=inf", "finite"),
+        ("reward.functions.exact=0", "every weight in reward.functions is 0", "or give a reward model"),
+        ("algorithm.name=dpo", "algorithm.samples_per_prompt=8", "set algorithm.samples_per_prompt to 2"),
+        (f"{DPO} dpo.loss=simpo", "dpo.loss=simpo is unknown", "dpo or ipo or cdpo"),
+        (f"{DPO} dpo.beta=0", "dpo.beta=0.0 is not positive", "set dpo.beta above 0"),
+        (f"{DPO} dpo.flip_probability=0.5", "dpo.flip_probability=0.5", "below 0.5"),
+        (f"{DPO} lora.rank=0", "lora.rank=0 is too small", "set lora.rank to 1 or more"),
+        (f"{DPO} rollout.temperature=0.7", "rollout.temperature=0.7", "set rollout.temperature to 1"),
+        (f"{DPO} algorithm.kl_coefficient=0.1", "algorithm.kl_coefficient=0.1", "dpo.beta"),
+        (f"{DPO} noise.enabled=true", "noise.enabled=true", "set noise.enabled to false"),
+        (f"{DPO} algorithm.prompts_per_mini_batch=1", "1 pairs do not divide", "to a multiple of 2"),
+        (f"{DPO} rollout.max_response_tokens=2", "longer response of this pair has", "rollout.max_response_tokens to"),
+        (f"{DPO} data.chosen_field=good", "no field 'good' (data.chosen_field)", "set data.chosen_field to"),
     ],
 )
 def test_wrong_keys_are_answered_with_the_fix(launch_file, capsys, override, problem, fix):
