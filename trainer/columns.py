@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qerl_rl.config.schema import Config
@@ -16,35 +17,38 @@ COLUMNS = {
     "rollout_log_probs": "float32",
     "truncated": "float32",
     "rewards": "float32",
+    "selected": "float32",
     "old_log_probs": "float32",
     "reference_log_probs": "float32",
     "advantages": "float32",
 }
+"""The type of every column that a loop may use."""
 
-CONSUMERS = {
-    "rollout": ["prompts"],
-    "reward": ["prompt_texts", "responses", "answers"],
-    "selection": ["rewards"],
-    "advantages": [
+GRPO = {
+    "rollout": ("prompts",),
+    "reward": ("prompt_texts", "responses", "answers"),
+    "log_probs": ("prompts", "responses", "rollout_log_probs"),
+    "advantages": (
         *("prompts", "responses", "rewards", "truncated", "prompt_texts", "response_texts", "answers"),
         *("old_log_probs", "reference_log_probs"),
-    ],
-    "log_probs": ["prompts", "responses", "rollout_log_probs"],
-    "update": ["prompts", "responses", "truncated", "old_log_probs", "reference_log_probs", "advantages"],
+    ),
+    "update": ("prompts", "responses", "truncated", "old_log_probs", "reference_log_probs", "advantages"),
 }
+"""The stages of GRPO and the columns that each reads."""
+
+DAPO = GRPO | {"selection": ("rewards",), "log_probs": (*GRPO["log_probs"], "selected")}
+"""Those of DAPO: what comes after the selection sees the selected samples only, the others lack columns."""
 
 
-def create_dock(config: Config, restore: Path | None = None) -> TransferDock:
-    """The dock of a run; only one that may sample again selects.
+def create_dock(config: Config, stages: Mapping[str, Sequence[str]], restore: Path | None = None) -> TransferDock:
+    """The dock of a run with these stages; its columns are what they read.
 
     Args: restore: a file with what was left in it when a checkpoint was written.
     """
-    consumers = dict(CONSUMERS)
-    if config.algorithm.sampling_rounds == 1:
-        del consumers["selection"]
+    read = {column for columns in stages.values() for column in columns}
     return TransferDock.create(
-        columns=COLUMNS,
-        consumers=consumers,
+        columns={name: kind for name, kind in COLUMNS.items() if name in read},
+        consumers={stage: list(columns) for stage, columns in stages.items()},
         samples_per_group=config.algorithm.samples_per_prompt,
         capacity_bytes=config.dock.capacity_bytes,
         timeout=config.dock.timeout_s,

@@ -83,19 +83,19 @@ def checkpoints_of(config: Config) -> Path:
 
 
 def run_state(
-    config: Config, *, model: str, prompts: dict[str, int], prompts_needed: int, kl_coefficient: float
+    config: Config, *, model: str, prompts: dict[str, int], prompts_needed: int, algorithm: dict[str, Any]
 ) -> dict[str, Any]:
     """What the trainer keeps in a checkpoint: the launch file, the model's identity, the place in the data.
 
     Args: model: the fingerprint of its folder. prompts: the state of the prompt source. prompts_needed: how many
-    prompts were drawn where data is generated. kl_coefficient: of the next update.
+    prompts were drawn where data is generated. algorithm: what its loop has to know.
     """
     return {
         "config": dataclasses.asdict(config),
         "model": model,
         "prompts": prompts,
         "prompts_needed": prompts_needed,
-        "kl_coefficient": kl_coefficient,
+        "algorithm": algorithm,
     }
 
 

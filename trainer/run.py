@@ -15,12 +15,17 @@ import ray
 from qerl_rl.config.schema import ClusterConfig
 from qerl_rl.metrics.console import RunDisplay
 from qerl_rl.train.checkpoint import complete_steps, tidy
+from trainer.base import Trainer
+from trainer.dapo import DapoTrainer
 from trainer.grpo import GrpoTrainer
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder, own_peak_bytes
 from trainer.resume import checkpoints_of
 from transfer_dock import DockError
 from workers import WorkerError, WorkerGroup
+
+TRAINERS: dict[str, type[Trainer]] = {"grpo": GrpoTrainer, "dapo": DapoTrainer}
+"""The loop of each algorithm.name."""
 
 
 def run(plan: Plan) -> int:
@@ -39,7 +44,7 @@ def run(plan: Plan) -> int:
                 stack.enter_context(connected(config.cluster))
                 workers = stack.enter_context(WorkerGroup(config))
             recorder.memory = lambda: peak_bytes(workers)
-            GrpoTrainer(plan, workers, recorder).run()
+            TRAINERS[config.algorithm.name](plan, workers, recorder).run()
             recorder.finish()
     except (WorkerError, DockError) as error:
         print(f"run failed: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ class Selection:
         self.wanted, self.sampled = wanted, 0
         self._with_signal: list[int] = []
         self._without: list[int] = []
+        self._keys: list[SampleKey] = []
         self._rewards: list[np.ndarray] = []
 
     @property
@@ -34,10 +35,11 @@ class Selection:
         """The groups to learn from."""
         return {*self._with_signal, *self._without[: self.missing]}
 
-    def add_all(self, groups: int) -> None:
-        """Take the next `groups` groups whatever they earned."""
-        self._with_signal += range(self.sampled, self.sampled + groups)
-        self.sampled += groups
+    @property
+    def keys(self) -> list[SampleKey]:
+        """The samples to learn from."""
+        groups = self.groups
+        return [key for key in self._keys if key.group in groups]
 
     def add(self, keys: Sequence[SampleKey], rewards: np.ndarray) -> None:
         """Judge the samples of a round: their keys and rewards [S]."""
@@ -45,18 +47,12 @@ class Selection:
         signal = groups_with_signal(torch.from_numpy(rewards), torch.from_numpy(numbers)).numpy()
         self._with_signal += np.unique(numbers[signal]).tolist()
         self._without += np.unique(numbers[~signal]).tolist()
+        self._keys += keys
         self._rewards.append(rewards)
         self.sampled += len(np.unique(numbers))
 
-    def rows(self, keys: Sequence[SampleKey]) -> list[int]:
-        """The rows of `keys` whose group is selected."""
-        groups = self.groups
-        return [row for row, key in enumerate(keys) if key.group in groups]
-
     def metrics(self) -> dict[str, float]:
-        """Groups sampled and the mean reward of all their samples, selected or not; nothing where none were judged."""
-        if not self._rewards:
-            return {}
+        """Groups sampled and the mean reward of all their samples, selected or not."""
         return {
             "sampling/groups": float(self.sampled),
             "sampling/reward_mean": float(np.concatenate(self._rewards).mean()),

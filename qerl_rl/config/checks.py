@@ -23,7 +23,7 @@ CHOICES = {
     "train.recompute": ("none", "full", "selective"),
     "rollout.dtype": ("float32", "bfloat16"),
     "quant.format": ("w8a8", "none"),
-    "algorithm.name": ("grpo",),
+    "algorithm.name": ("grpo", "dapo", "ppo", "dpo"),
     "algorithm.loss_aggregation": ("token_mean", "sequence_mean", "sequence_sum_constant"),
     "algorithm.kl_in": ("loss", "reward"),
     "track.console": ("auto", "lines", "quiet"),
@@ -141,6 +141,10 @@ def _check_algorithm(config: Config) -> Fault:
             problem = f"{key}=full needs both policies' probabilities of the whole vocabulary; the trainer keeps those"
             problem, near = f"{problem} of the sampled tokens only.", "k3 (low variance) or k2"
         return key, problem, f"set {key} to {near}"
+    if algorithm.sampling_rounds > 1 and algorithm.name != "dapo":
+        key = "algorithm.sampling_rounds"
+        problem = f"{key}={algorithm.sampling_rounds}, but algorithm.name={algorithm.name} samples once a step."
+        return key, problem, f"set algorithm.name to dapo, or {key} to 1"
     if algorithm.discount > 1:
         key = "algorithm.discount"
         return key, f"{key}={algorithm.discount} makes late rewards count more.", f"set {key} to 1 or less"

@@ -48,6 +48,7 @@ ALGORITHMS = {
         "algorithm.kl_target=0.5",
         "algorithm.kl_horizon=64",
         "algorithm.overlong_buffer_tokens=4",
+        "algorithm.name=dapo",
         "algorithm.sampling_rounds=2",
     ],
 }

@@ -47,7 +47,7 @@ def state_of(plan):
         model=model,
         prompts=plan.prompts.state(),
         prompts_needed=plan.prompts_needed,
-        kl_coefficient=plan.config.algorithm.kl_coefficient,
+        algorithm={"kl_coefficient": plan.config.algorithm.kl_coefficient},
     )
 
 

@@ -29,8 +29,7 @@ def test_new_groups_take_the_place_of_those_without_signal():
     judge(selection, [True])
     assert selection.missing == 0
     assert selection.groups == {0, 4, 5}
-    keys = [SampleKey(5, group, index) for group in range(6) for index in range(SIZE)]
-    assert selection.rows(keys) == [0, 1, 8, 9, 10, 11]
+    assert selection.keys == [SampleKey(5, group, index) for group in (0, 4, 5) for index in range(SIZE)]
     # Of six groups three earned 0 and 1, three 0.1 twice.
     assert selection.metrics()["sampling/groups"] == 6
     np.testing.assert_allclose(selection.metrics()["sampling/reward_mean"], (3 * 1.0 + 3 * 0.2) / 12, rtol=1e-6)
@@ -48,9 +47,3 @@ def test_every_step_has_the_wanted_number_of_groups_and_all_found_signal(wanted,
         judge(selection, signals)
     assert len(selection.groups) == wanted
     assert selection.missing == wanted - found
-
-
-def test_without_judging_every_group_is_taken():
-    selection = Selection(4)
-    selection.add_all(4)
-    assert (selection.missing, selection.groups, selection.metrics()) == (0, {0, 1, 2, 3}, {})

@@ -1,0 +1,172 @@
+"""The stages that loops with a rollout share: each reads its columns from the dock and writes its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from qerl_rl.algorithms.choices import advantages_by_token
+from qerl_rl.algorithms.dapo import kept_samples
+from qerl_rl.algorithms.kl import next_kl_coefficient
+from qerl_rl.algorithms.sequences import sequence_ids, sequence_means
+from trainer.base import Trainer
+from trainer.evaluation import prefixed
+from trainer.outcome import step_outcome
+from trainer.preflight import Plan
+from trainer.recorder import RunRecorder
+from trainer.shares import even_rows, group_rows, kept_rows, mini_batch_rows, update_shares
+from transfer_dock import Batch, Jagged, SampleKey
+from workers import WorkerGroup
+
+
+class PolicyTrainer(Trainer):
+    """A loop that samples from its policy and learns from what the samples earned."""
+
+    def __init__(self, plan: Plan, workers: WorkerGroup, recorder: RunRecorder) -> None:
+        super().__init__(plan, workers, recorder)
+        state = plan.resume.state["algorithm"] if plan.resume else {}
+        self.kl_coefficient = state.get("kl_coefficient", plan.config.algorithm.kl_coefficient)
+        """Of the next update; algorithm.kl_target steers it."""
+
+    def state(self) -> dict[str, Any]:
+        return {"kl_coefficient": self.kl_coefficient}
+
+    # ---- rollout
+
+    def roll_out(self, step: int) -> dict[str, float]:
+        """Sample and score what the step learns from; afterwards the trainer has the cards."""
+        self.swap("swap_to_rollout", step)
+        metrics = {**self.sample(step), **self.evaluate(step)}
+        self.swap("swap_to_train")
+        return metrics
+
+    def sample(self, step: int) -> dict[str, float]:
+        """Answers to new prompts, and their scores."""
+        groups = self.config.algorithm.prompts_per_step
+        tokens, scores = self.sample_groups(step, 0, groups)
+        return {"rollout/tokens": tokens, **reward_metrics([(groups, scores)])}
+
+    def sample_groups(self, step: int, first_group: int, groups: int) -> tuple[float, dict[str, float]]:
+        """Answer and score `groups` new prompts; returns the tokens of all responses, and the scores' means."""
+        self._put_prompts(step, first_group, groups)
+        samples = groups * self.config.algorithm.samples_per_prompt
+        with self.recorder.phase("rollout"):
+            scoring = self.workers.call_reward("score", self.dock, samples)
+            tokens = self._generate(step, samples)
+        with self.recorder.phase("reward"):
+            return tokens, scoring.wait(timeout_s=self.config.fault.rollout_timeout_s)[0]
+
+    def _put_prompts(self, step: int, first_group: int, groups: int) -> None:
+        """One row a sample: the prompt is repeated for each of its group."""
+        size = self.config.algorithm.samples_per_prompt
+        prompts = [p for p in self.plan.prompts.next(groups) for _ in range(size)]
+        keys = [SampleKey(step, first_group + row // size, row % size) for row in range(len(prompts))]
+        columns = {
+            "prompts": Jagged.from_rows([prompt.tokens for prompt in prompts]),
+            "prompt_texts": [prompt.text for prompt in prompts],
+            "answers": [prompt.answer for prompt in prompts],
+        }
+        self.dock.put(columns, keys)
+
+    def _generate(self, step: int, total: int) -> float:
+        """Answer the `total` prompts that wait; returns the tokens of all responses."""
+        prompts = self.dock.get("rollout", total, whole_groups=True, step=step)
+        leases = prompts.split(group_rows(prompts.keys, self.config.rollout.data_parallel))
+        shares = [lease if lease.keys else None for lease in leases]
+        arguments = [(self.dock, share) for share in self.workers.by_data_rank("rollout", shares)]
+        pending = self.workers.call_each("generate", arguments)
+        results = pending.wait(timeout_s=self.config.fault.rollout_timeout_s, on_wait=lambda: self._show(total))
+        self.dock.ack(prompts)
+        return sum(result["tokens"] for result in results)
+
+    def _show(self, total: int) -> None:
+        self.recorder.progress(self.dock.status()["columns"]["responses"], total)
+
+    # ---- learning
+
+    def log_probs(self, step: int) -> dict[str, float]:
+        """Old and reference log-probs of what the step learns from."""
+        with self.recorder.phase("log_probs"):
+            batch = self.lease("log_probs", step)
+            shares = batch.split(even_rows(len(batch.keys), self.config.train_data_parallel))
+            results = self.on_train_ranks("log_probs", shares, lambda share: (self.dock, share))
+            self.dock.ack(batch)
+            return token_weighted([result for result in results if result])
+
+    def advantages(self, step: int) -> dict[str, float]:
+        """An advantage a token, from what the samples earned."""
+        with self.recorder.phase("reward"):
+            batch = self.lease("advantages", step)
+            outcome, metrics = step_outcome(self.config, batch, self.kl_coefficient)
+            advantages = advantages_by_token(outcome, self.config.algorithm)
+            rows = np.split(advantages.numpy(), outcome.lengths.cumsum(0)[:-1].numpy())
+            self.dock.put({"advantages": Jagged.from_rows(rows)}, batch.keys)
+            means = sequence_means(advantages, sequence_ids(outcome.lengths), len(batch.keys))
+            self.recorder.samples(step, batch, means.numpy())
+            self.dock.ack(batch)
+            return metrics
+
+    def update(self, step: int) -> dict[str, float]:
+        """One optimizer update a mini-batch, algorithm.epochs_per_step times over all samples."""
+        with self.recorder.phase("update"):
+            batch = self.lease("update", step)
+            rows = self.mini_batches(batch, step)
+            metrics = self._update_on(batch, rows, step) if rows else {}
+            tokens = _token_counts(batch)
+            self.dock.ack(batch)
+            return {**metrics, "train/tokens": float(sum(tokens[update].sum() for update in rows))}
+
+    def mini_batches(self, batch: Batch, step: int) -> list[list[int]]:
+        """The rows of each optimizer update; which they are follows from the run's seed and the step."""
+        algorithm = self.config.algorithm
+        random = np.random.default_rng([self.config.run.seed, step])
+        rows = mini_batch_rows(batch.keys, algorithm.prompts_per_mini_batch, algorithm.epochs_per_step, random)
+        if algorithm.mask_truncated:
+            kept = kept_samples(torch.from_numpy(np.array(batch.columns["truncated"]))).tolist()
+            rows = kept_rows(rows, kept)
+        return rows
+
+    def _update_on(self, batch: Batch, rows: list[list[int]], step: int) -> dict[str, float]:
+        """One optimizer update on each list of rows; their mean metrics."""
+        algorithm = self.config.algorithm
+        shares = update_shares(batch, rows, self.config.train_data_parallel)
+        results = self.on_train_ranks("update", shares, lambda share: (share, step, self.kl_coefficient))
+        metrics = {name: float(np.mean([update[name] for update in results[0]])) for name in results[0][0]}
+        # The entropy of a step is that of the policy that rolled it out; later mini-batches see a newer one.
+        metrics.pop("entropy", None)
+        metrics["kl/coefficient"] = self.kl_coefficient
+        self.kl_coefficient = next_kl_coefficient(
+            self.kl_coefficient,
+            metrics["kl/reference"],
+            target=algorithm.kl_target,
+            horizon=algorithm.kl_horizon,
+            samples=self.config.samples_per_step,
+        )
+        return metrics
+
+
+def reward_metrics(rounds: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Of the groups and scores of each sampling round: all failures, and the means over all samples."""
+    groups = sum(count for count, _ in rounds)
+    names = [name for name in rounds[0][1] if name != "failures"]
+    means = {name: sum(count * scores[name] for count, scores in rounds) / groups for name in names}
+    return prefixed("reward", {"failures": sum(scores["failures"] for _, scores in rounds), **means})
+
+
+def token_weighted(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Means of the ranks' means, weighted by their `tokens`; a name that ends in _max is a maximum."""
+    weights = [part["tokens"] for part in parts]
+    names = [name for name in parts[0] if name != "tokens"]
+    return {
+        name: max(part[name] for part in parts)
+        if name.endswith("_max")
+        else float(np.average([part[name] for part in parts], weights=weights))
+        for name in names
+    }
+
+
+def _token_counts(batch: Batch) -> np.ndarray:
+    """Tokens of each row, prompt and response together."""
+    return np.diff(batch.columns["prompts"].offsets) + np.diff(batch.columns["responses"].offsets)
