@@ -10,6 +10,11 @@ from transfer_dock import TransferDock
 
 COLUMNS = {
     "prompts": "int32",
+    "partial_responses": "int32",
+    "partial_log_probs": "float32",
+    "ages": "int32",
+    "left_responses": "int32",
+    "left_log_probs": "float32",
     "prompt_texts": "str",
     "answers": "str",
     "responses": "int32",
@@ -32,7 +37,10 @@ GRPO = {
         *("prompts", "responses", "rewards", "truncated", "prompt_texts", "response_texts", "answers"),
         *("old_log_probs", "reference_log_probs"),
     ),
-    "update": ("prompts", "responses", "truncated", "old_log_probs", "reference_log_probs", "advantages"),
+    "update": (
+        *("prompts", "responses", "truncated", "rollout_log_probs"),
+        *("old_log_probs", "reference_log_probs", "advantages"),
+    ),
 }
 """The stages of GRPO and the columns that each reads."""
 
@@ -40,11 +48,21 @@ DAPO = GRPO | {"selection": ("rewards",), "log_probs": (*GRPO["log_probs"], "sel
 """Those of DAPO: what comes after the selection sees the selected samples only, the others lack columns."""
 
 
+CARRIED = {
+    "rollout": ("prompts", "partial_responses", "partial_log_probs", "ages"),
+    "carry": ("prompts", "prompt_texts", "answers", "left_responses", "left_log_probs", "ages"),
+}
+"""More stages where samples are carried over. `ages` counts the steps that a sample was carried over before this one.
+What a step leaves unfinished gets the columns left_*; as a sample of the next step it begins with partial_*."""
+
+
 def create_dock(config: Config, stages: Mapping[str, Sequence[str]], restore: Path | None = None) -> TransferDock:
     """The dock of a run with these stages; its columns are what they read.
 
     Args: restore: a file with what was left in it when a checkpoint was written.
     """
+    if config.rollout.carry_prompts:
+        stages = {**stages, **CARRIED}
     read = {column for columns in stages.values() for column in columns}
     return TransferDock.create(
         columns={name: kind for name, kind in COLUMNS.items() if name in read},

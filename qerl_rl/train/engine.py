@@ -20,7 +20,7 @@ from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.platform import detect, prepare_megatron
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.train import checkpoint, export
-from qerl_rl.train.background import BackgroundWriter
+from qerl_rl.train.background import BackgroundJob
 from qerl_rl.train.exchange import largest_over, sum_over_ranks
 from qerl_rl.train.offload import Offloader, SpillFile, StateStore
 from qerl_rl.train.packing import Pack, make_pack, partition_alike
@@ -76,7 +76,7 @@ class TrainEngine:
         )
         self._offloader = Offloader(store or SpillFile())
         self._state.track(self._offloader)
-        self._writer = BackgroundWriter()
+        self._writer: BackgroundJob[None] = BackgroundJob("checkpoint")
         self.updates = 0
         """Optimizer updates done."""
 
