@@ -216,10 +216,15 @@ def _check_adapters(config: Config) -> Fault:
 def _check_lengths(config: Config) -> Fault:
     rollout, key = config.rollout, "model.max_length"
     needed = rollout.max_prompt_tokens + rollout.max_response_tokens
-    if needed <= config.model.max_length:
-        return None
-    sizes = f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} + max_response_tokens={rollout.max_response_tokens}"
-    return key, f"{sizes} exceed {key}={config.model.max_length}.", f"set {key} to {needed} or more"
+    if needed > config.model.max_length:
+        sizes = f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} + max_response_tokens"
+        problem = f"{sizes}={rollout.max_response_tokens} exceed {key}={config.model.max_length}."
+        return key, problem, f"set {key} to {needed} or more"
+    longest, key = config.model.max_length, "rollout.max_batched_tokens"
+    if rollout.max_batched_tokens < longest:
+        problem = f"{key}={rollout.max_batched_tokens} is less than model.max_length={longest}:"
+        return key, f"{problem} no prompt is prefilled in parts.", f"set {key} to {longest} or more"
+    return None
 
 
 def _check_paths(config: Config) -> Fault:

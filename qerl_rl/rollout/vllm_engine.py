@@ -208,6 +208,8 @@ def _engine_args(model_path: str | Path, rollout: RolloutConfig, max_length: int
         max_num_batched_tokens=rollout.max_batched_tokens,
         kv_cache_memory_bytes=rollout.kv_cache_bytes,
         enable_prefix_caching=rollout.prefix_caching,
+        # A prompt that is prefilled in parts makes vLLM rewind the request's generator, which one of a CPU can't.
+        enable_chunked_prefill=False,
         enforce_eager=rollout.enforce_eager,
         tensor_parallel_size=rollout.tensor_parallel,
         data_parallel_size=rollout.data_parallel if rollout.expert_parallel else 1,
