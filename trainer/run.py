@@ -12,6 +12,7 @@ from types import FrameType
 
 import ray
 
+from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import ClusterConfig, Config
 from qerl_rl.metrics.console import RunDisplay
 from qerl_rl.train.checkpoint import complete_steps, tidy
@@ -46,7 +47,7 @@ def run(plan: Plan) -> int:
             recorder.memory = lambda: peak_bytes(workers)
             TRAINERS[config.algorithm.name](plan, workers, recorder).run()
             recorder.finish()
-    except (WorkerError, DockError) as error:
+    except (WorkerError, DockError, ConfigError) as error:
         print(f"run failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -50,7 +50,7 @@ class PolicyTrainer(Trainer):
         with self.recorder.phase("log_probs"):
             batch = self.lease("log_probs", step)
             shares = batch.split(even_rows(len(batch.keys), self.config.train_data_parallel))
-            results = self.on_train_ranks("log_probs", shares, lambda share: (self.dock, share))
+            results = self.on_train_ranks("log_probs", shares, lambda share: (self.dock, share, step))
             self.dock.ack(batch)
             return with_effective_share(token_weighted([result for result in results if result]))
 

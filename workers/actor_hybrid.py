@@ -155,16 +155,21 @@ class ActorHybridWorker:
         answers = {output.group: output.responses for output in outputs}
         return [answers[i] for i in range(len(prompts))] if self._writes_rollouts else None
 
-    def log_probs(self, dock: TransferDock, batch: Batch) -> dict[str, float]:
+    def log_probs(self, dock: TransferDock, batch: Batch, step: int = 0) -> dict[str, float]:
         """Old and reference log-probs of this rank's samples into the dock; returns means over their tokens.
 
-        In rollout_correction.bypass_mode the old ones are the engine's, and nothing is known of the mismatch.
+        With noise.log_probs=noisy the old ones are those of the policy with the noise of `step`, which sampled. In
+        rollout_correction.bypass_mode they are the engine's, and nothing is known of the mismatch.
         """
         samples, bypass = to_samples(batch), self.config.rollout_correction.bypass_mode
+        noise = self.swap.noise_of(step if self.config.noise.log_probs == "noisy" else 0)
+        old = None if bypass else self.train.log_probs(samples, noise=noise)
+        clean = self.train.log_probs(samples) if noise.sigma and not bypass else old
         reference = self.train.log_probs(samples, adapters=False)
-        old = None if bypass else self.train.log_probs(samples)
         if reference is None:
             return {}
+        from qerl_rl.algorithms.mismatch import noise_mismatch
+
         rollout_rows = list(batch.columns["rollout_log_probs"].rows())
         old_rows = rollout_rows if old is None else old.log_probs
         columns = {
@@ -173,9 +178,12 @@ class ActorHybridWorker:
         }
         dock.put(columns, batch.keys)
         metrics = {"tokens": float(samples.response_tokens)}
-        if old is not None:
+        if self.config.noise.enabled:
+            metrics["noise/sigma"] = self.swap.noise_of(step).sigma
+        if old is not None and clean is not None:
             metrics["entropy"] = float(np.concatenate(old.entropy).mean())
             metrics |= mismatch_metrics(rollout_rows, old_rows, self.config.rollout_correction)
+            metrics |= noise_mismatch(old_rows, clean.log_probs) if noise.sigma else {}
         return metrics
 
     def update(self, batches: Sequence[Batch], step: int, kl_coefficient: float) -> list[dict[str, float]]:

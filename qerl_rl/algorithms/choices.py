@@ -10,6 +10,7 @@ from torch import Tensor
 from qerl_rl.algorithms import advantages as adv
 from qerl_rl.algorithms import losses
 from qerl_rl.config.dotted import find_function
+from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import AlgorithmConfig
 
 AdvantageFunction = Callable[[adv.Outcome, AlgorithmConfig], Tensor]
@@ -97,15 +98,20 @@ def find_loss(name: str) -> PolicyLoss:
 def advantages_by_token(outcome: adv.Outcome, config: AlgorithmConfig) -> Tensor:
     """What `algorithm.advantage` gives these samples, float32 on each token: [T].
 
-    Raises: ValueError when the function gives neither one finite number a sample nor one a token.
+    Raises: ConfigError when the function gives neither one finite number a sample nor one a token.
     """
     found = find_advantage(config.advantage)(outcome, config)
     samples, tokens = len(outcome.rewards), int(outcome.lengths.sum())
     if found.shape not in ((samples,), (tokens,)):
-        sizes = f"neither [{samples}] samples nor [{tokens}] tokens"
-        raise ValueError(f"algorithm.advantage={config.advantage} gave {list(found.shape)}, {sizes}")
+        raise ConfigError(
+            f"algorithm.advantage={config.advantage} gave {list(found.shape)} for {samples} samples, {tokens} tokens.",
+            fix=f"let it return one advantage a sample, [{samples}], or one a token, [{tokens}]",
+        )
     broken = int((~torch.isfinite(found)).sum())
     if broken:
-        raise ValueError(f"algorithm.advantage={config.advantage} gave {broken} advantages that are not finite")
+        raise ConfigError(
+            f"algorithm.advantage={config.advantage} gave {broken} advantages that are not finite.",
+            fix="let it return finite numbers, also for a group whose rewards are all equal",
+        )
     # Where every response has one token, both readings agree.
     return (found if len(found) == tokens else found.repeat_interleave(outcome.lengths)).float()

@@ -19,22 +19,35 @@ def rollout_mismatch(rollout_log_probs: Sequence[ArrayLike], old_log_probs: Sequ
         `mismatch/log_prob_diff_mean`: |log p_rollout - log p_trainer|.
     Raises: ValueError when the lengths of a sample differ or there is no token.
     """
-    rollout = [np.asarray(values, dtype=np.float64).reshape(-1) for values in rollout_log_probs]
-    trainer = [np.asarray(values, dtype=np.float64).reshape(-1) for values in old_log_probs]
-    lengths = [(len(left), len(right)) for left, right in zip(rollout, trainer, strict=True)]
-    unequal = [index for index, (left, right) in enumerate(lengths) if left != right]
-    if unequal:
-        left, right = lengths[unequal[0]]
-        raise ValueError(f"sample {unequal[0]} has {left} rollout log-probs but {right} old log-probs")
-    if not sum(left for left, _ in lengths):
-        raise ValueError("no response token to compare")
-
-    sampled, learned = np.concatenate(rollout), np.concatenate(trainer)
-    log_ratio = np.clip(learned - sampled, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    sampled, learned = _tokens(rollout_log_probs, old_log_probs)
     prob_difference = np.abs(np.exp(sampled) - np.exp(learned))
     return {
-        "mismatch/kl": float(np.mean(np.expm1(log_ratio) - log_ratio)),
+        "mismatch/kl": _k3(sampled, learned),
         "mismatch/prob_diff_mean": float(prob_difference.mean()),
         "mismatch/prob_diff_max": float(prob_difference.max()),
         "mismatch/log_prob_diff_mean": float(np.mean(np.abs(learned - sampled))),
     }
+
+
+def noise_mismatch(noisy_log_probs: Sequence[ArrayLike], clean_log_probs: Sequence[ArrayLike]) -> dict[str, float]:
+    """`noise/kl`: KL(noisy || clean) in nats a token by k3, both by the trainer, of tokens sampled with the noise.
+
+    Args, Raises: as `rollout_mismatch`.
+    """
+    return {"noise/kl": _k3(*_tokens(noisy_log_probs, clean_log_probs))}
+
+
+def _k3(sampled: np.ndarray, other: np.ndarray) -> float:
+    log_ratio = np.clip(other - sampled, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return float(np.mean(np.expm1(log_ratio) - log_ratio))
+
+
+def _tokens(one: Sequence[ArrayLike], other: Sequence[ArrayLike]) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64 [tokens of all samples]."""
+    rows = [[np.asarray(values, dtype=np.float64).reshape(-1) for values in part] for part in (one, other)]
+    for index, (left, right) in enumerate(zip(*rows, strict=True)):
+        if len(left) != len(right):
+            raise ValueError(f"sample {index} has {len(left)} and {len(right)} log-probs")
+    if not sum(map(len, rows[0])):
+        raise ValueError("no response token to compare")
+    return np.concatenate(rows[0]), np.concatenate(rows[1])

@@ -23,6 +23,8 @@ CHOICES = {
     "train.recompute": ("none", "full", "selective"),
     "rollout.dtype": ("float32", "bfloat16"),
     "quant.format": ("w8a8", "none"),
+    "noise.schedule": ("exponential", "linear", "cosine", "logarithmic", "constant"),
+    "noise.log_probs": ("clean", "noisy"),
     "algorithm.name": ("grpo", "dapo", "ppo", "dpo"),
     "algorithm.loss_aggregation": ("token_mean", "sequence_mean", "sequence_sum_constant"),
     "algorithm.kl_in": ("loss", "reward"),

@@ -142,7 +142,14 @@ class NoiseConfig:
     sigma_start: float = 1e-2
     sigma_end: float = 1e-4
     stages: int = 10
-    """Equal parts of run.steps; the first has no noise, then sigma decays exponentially to sigma_end."""
+    """Equal parts of run.steps; the first has no noise, then sigma goes from sigma_start to sigma_end."""
+    schedule: str = "exponential"
+    """How it goes there: exponential (QeRL), linear, cosine, logarithmic, or constant (sigma_start throughout)."""
+    exempt_router: bool = False
+    """Keep the noise out of what routers see: tokens go to the experts that they would go to without noise."""
+    log_probs: str = "clean"
+    """Weights that the trainer takes old log-probs at: clean, or noisy as in the engine. With noisy the ratio to the
+    old policy is the one to what sampled; it costs one more pass, which tells noise/kl from the engines' mismatch."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         exact = x.float()
         exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * exact.to(x.dtype)
+        # The weight may be of a wider type, with noise on it; the next layer takes its input's type.
+        return (self.weight * exact.to(x.dtype)).to(x.dtype)
 
 
 class PackedAttention(MegatronModule):

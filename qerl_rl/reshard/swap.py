@@ -7,7 +7,7 @@ adapter, from the training shards into the slices of the engine's layout.
 from __future__ import annotations
 
 from qerl_rl.config.schema import NoiseConfig, RunConfig, SwapConfig
-from qerl_rl.quant.noise import sigma_at
+from qerl_rl.quant.noise import Noise, sigma_at
 from qerl_rl.reshard.ledger import SwapReport
 from qerl_rl.rollout.engine import RolloutEngine
 from qerl_rl.train.engine import TrainEngine
@@ -64,11 +64,16 @@ class Swap:
         report.held_bytes = self.held_bytes()
         return report
 
-    def set_noise(self, step: int) -> float:
-        """Draw the noise of `step` (0: none) on the clean weights of the rollout engine; returns its sigma."""
-        sigma = sigma_at(step, self._run.steps, self._noise) if self._noise.enabled and step > 0 else 0.0
-        self._rollout.set_noise(sigma, self._run.seed, step)
-        return sigma
+    def set_noise(self, step: int) -> None:
+        """Put the noise of `step` (0: none) on the clean weights of the rollout engine."""
+        self._rollout.set_noise(self.noise_of(step))
+
+    def noise_of(self, step: int) -> Noise:
+        """The noise of `step`; 0 has none."""
+        if step == 0 or not self._noise.enabled:
+            return Noise()
+        sigma = sigma_at(step, self._run.steps, self._noise)
+        return Noise(sigma, self._run.seed, step, self._noise.exempt_router)
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes in memory now, by engine and kind."""

@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from qerl_rl.quant.noise import Noise
+
 
 @dataclass(frozen=True)
 class Partial:
@@ -77,8 +79,8 @@ class RolloutEngine(Protocol):
     def set_adapters(self, tensors: Mapping[str, torch.Tensor]) -> int:
         """Serve these adapters from now on (exchange format, full tensors); returns the bytes this rank took over."""
 
-    def set_noise(self, sigma: float, seed: int, step: int) -> None:
-        """Add sigma * gaussian(seed, step, name) to the clean RMSNorm weights of every layer; sigma 0 takes it away."""
+    def set_noise(self, noise: Noise) -> None:
+        """Put `noise` on the clean RMSNorm weights of every layer; sigma 0 takes it away."""
 
     def release_kv_cache(self) -> int:
         """Give the KV cache back to the system; returns the bytes freed (0 when it is away already)."""

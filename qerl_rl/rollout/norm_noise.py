@@ -3,35 +3,58 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from qerl_rl.quant.noise import gaussian
+from qerl_rl.quant.noise import Noise, scaled_input
 
 NOISY = re.compile(r"\b(layers\.\d+\.(?:input|post_attention)_layernorm)$")
+ROUTERS = ("mlp.gate", "block_sparse_moe.gate")
+"""Where a layer has its router, by family."""
+
+
+@dataclass
+class _Norm:
+    """A layer norm, its clean weight, and the router that sees what it puts out, if it comes before one."""
+
+    module: torch.nn.Module
+    clean: torch.Tensor
+    router: torch.nn.Module | None
 
 
 class NormNoise:
     """The layer norms of one rank's model: their clean weights, and noise on top of them."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._clean: dict[str, tuple[torch.nn.Module, torch.Tensor]] = {}
-        for path, module in model.named_modules():
+        modules = dict(model.named_modules())
+        self._norms: dict[str, _Norm] = {}
+        self._hooks: list[Any] = []
+        for path, module in modules.items():
             found = NOISY.search(path)
             if found:
-                self._clean[f"model.{found[1]}.weight"] = (module, module.weight.data)
-        if not self._clean:
+                layer, _, kind = path.rpartition(".")
+                routers = [modules[f"{layer}.{name}"] for name in ROUTERS if f"{layer}.{name}" in modules]
+                router = routers[0] if routers and kind == "post_attention_layernorm" else None
+                self._norms[f"model.{found[1]}.weight"] = _Norm(module, module.weight.data, router)
+        if not self._norms:
             raise RuntimeError("no layer norm found in the engine's model: its module names are not those expected")
 
-    def set(self, sigma: float, seed: int, step: int) -> None:
-        """Weights become clean + sigma * gaussian(seed, step, name); sigma 0 puts the clean tensors themselves back.
+    def set(self, noise: Noise) -> None:
+        """Weights become clean ones with `noise`; sigma 0 puts the clean tensors themselves back.
 
         Noisy weights are float32 (RMSNorm multiplies in the type of its weight then): in bfloat16 a sigma below 2e-3
         would be rounded away on weights about 1.
+        Raises: RuntimeError when routers shall be exempt from the noise and none is found.
         """
-        for name, (module, clean) in self._clean.items():
-            if sigma == 0:
-                module.weight.data = clean
-            else:
-                noise = torch.from_numpy(gaussian(seed, step, name, tuple(clean.shape)))
-                module.weight.data = clean.float() + sigma * noise
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for name, norm in self._norms.items():
+            norm.module.weight.data = noise.on(name, norm.clean) if noise.sigma else norm.clean
+            if noise.sigma and noise.exempt_router and norm.router is not None:
+                correction = noise.router_correction(norm.module.weight.data, norm.clean)
+                self._hooks.append(norm.router.register_forward_pre_hook(scaled_input(correction)))
+        if noise.sigma and noise.exempt_router and not self._hooks:
+            raise RuntimeError("no router found in the engine's model: its module names are not those expected")

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from qerl_rl.config.schema import LoraConfig, RolloutConfig
+from qerl_rl.quant.noise import Noise
 from qerl_rl.rollout.adapters import AdapterSet
 from qerl_rl.rollout.collector import Collector, unfinished_samples
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest
@@ -154,9 +155,9 @@ class VllmEngine:
         self._engine.reset_prefix_cache()
         return taken
 
-    def set_noise(self, sigma: float, seed: int, step: int) -> None:
+    def set_noise(self, noise: Noise) -> None:
         """See RolloutEngine; cached prefixes computed under other noise are forgotten."""
-        self._noise.set(sigma, seed, step)
+        self._noise.set(noise)
         self._engine.reset_prefix_cache()
 
     def release_kv_cache(self) -> int:

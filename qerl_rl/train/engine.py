@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,11 @@ from qerl_rl.config.schema import Config
 from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.platform import detect, prepare_megatron
 from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.quant.noise import Noise
 from qerl_rl.train import checkpoint, export
 from qerl_rl.train.background import BackgroundJob
 from qerl_rl.train.exchange import largest_over, sum_over_ranks
+from qerl_rl.train.norm_noise import noisy_norms
 from qerl_rl.train.offload import Offloader, SpillFile, StateStore
 from qerl_rl.train.packing import Pack, make_pack, partition_alike
 from qerl_rl.train.samples import Samples
@@ -108,23 +111,21 @@ class TrainEngine:
 
     # ---- compute
 
-    def log_probs(self, samples: Samples, *, adapters: bool = True) -> TokenScores | None:
+    def log_probs(self, samples: Samples, *, adapters: bool = True, noise: Noise | None = None) -> TokenScores | None:
         """Log-probs of the response tokens, and entropies, at rollout.temperature; None except on `is_output_rank`.
 
-        adapters=False gives those of the reference: the base model, whatever has been trained since.
+        adapters=False gives those of the reference: the base model, whatever has been trained since. With `noise` they
+        are those of the policy with that noise on its layer norms.
         Raises: ValueError for adapters=False where everything trains: the reference is gone.
         """
         self._require_state("log_probs")
         if not adapters and not self.has_adapters:
             raise ValueError("adapters=False needs adapters: with lora.rank=0 the base itself has been trained")
-        packs = self._packs(samples)
-        if adapters:
-            found = self._passes.scores(packs)
-        else:
-            from qerl_rl.model.lora import adapters_disabled
+        from qerl_rl.model.lora import adapters_disabled
 
-            with adapters_disabled(self.model):
-                found = self._passes.scores(packs)
+        packs = self._packs(samples)
+        with noisy_norms(self.model, noise or Noise()), nullcontext() if adapters else adapters_disabled(self.model):
+            found = self._passes.scores(packs)
         if not self.is_output_rank:
             return None
         return _by_sample(samples, packs, found)

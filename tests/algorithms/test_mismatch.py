@@ -33,7 +33,7 @@ def test_mean_over_samples_of_the_rollout_engine_approaches_the_true_kl_divergen
 
 
 def test_unequal_lengths_and_empty_steps_are_refused():
-    with pytest.raises(ValueError, match="sample 1 has 2 rollout log-probs but 1 old"):
+    with pytest.raises(ValueError, match="sample 1 has 2 and 1 log-probs"):
         rollout_mismatch([[-1.0], [-1.0, -2.0]], [[-1.0], [-1.0]])
     with pytest.raises(ValueError, match="no response token"):
         rollout_mismatch([[], []], [[], []])

@@ -8,11 +8,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qerl_rl.config.checks import CHOICES
 from qerl_rl.config.schema import NoiseConfig
-from qerl_rl.quant.noise import gaussian, sigma_at
+from qerl_rl.quant.noise import SCHEDULES, Noise, gaussian, sigma_at
+
+FALLING = ["exponential", "linear", "cosine", "logarithmic"]
 
 
 def test_schedule_is_qerls_for_ten_stages_of_two_steps() -> None:
@@ -22,9 +26,9 @@ def test_schedule_is_qerls_for_ten_stages_of_two_steps() -> None:
     assert [sigma_at(step, 20, noise) for step in range(1, 21)] == pytest.approx(expected, rel=1e-12)
 
 
-@given(steps=st.integers(1, 400), stages=st.integers(1, 20))
-def test_schedule_starts_clean_then_only_falls_between_its_ends(steps: int, stages: int) -> None:
-    noise = NoiseConfig(enabled=True, sigma_start=1e-2, sigma_end=1e-4, stages=stages)
+@given(steps=st.integers(1, 400), stages=st.integers(1, 20), schedule=st.sampled_from(FALLING))
+def test_schedule_starts_clean_then_only_falls_between_its_ends(steps: int, stages: int, schedule: str) -> None:
+    noise = NoiseConfig(enabled=True, sigma_start=1e-2, sigma_end=1e-4, stages=stages, schedule=schedule)
     sigmas = [sigma_at(step, steps, noise) for step in range(1, steps + 1)]
     assert sigmas[0] == 0.0
     noisy = [sigma for sigma in sigmas if sigma]
@@ -34,6 +38,38 @@ def test_schedule_starts_clean_then_only_falls_between_its_ends(steps: int, stag
     if steps >= stages >= 3:
         assert noisy[0] == pytest.approx(1e-2)
         assert noisy[-1] == pytest.approx(1e-4)
+
+
+def test_the_other_schedules_at_their_quarters() -> None:
+    def middle(schedule: str) -> list[float]:
+        noise = NoiseConfig(enabled=True, sigma_start=1.0, sigma_end=0.2, stages=6, schedule=schedule)
+        return [sigma_at(step, 6, noise) for step in (3, 4, 5)]
+
+    # By hand, for progress 1/4, 1/2, 3/4 of the way from 1.0 to 0.2.
+    assert middle("linear") == pytest.approx([0.8, 0.6, 0.4])
+    assert middle("cosine") == pytest.approx([0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5)])
+    logarithms = [math.log(1 + (math.e - 1) / 4), math.log((1 + math.e) / 2), math.log(1 + (math.e - 1) * 3 / 4)]
+    assert middle("logarithmic") == pytest.approx([1 - 0.8 * part for part in logarithms])
+    assert middle("constant") == [1.0, 1.0, 1.0]
+
+
+def test_every_schedule_can_be_named_in_a_launch_file() -> None:
+    assert set(CHOICES["noise.schedule"]) == set(SCHEDULES)
+
+
+def test_noise_is_added_to_the_clean_weight_and_an_exempt_router_can_take_it_out() -> None:
+    clean = torch.linspace(-1.0, 1.0, 201)
+    numbers = torch.from_numpy(gaussian(3, 2, "w", (201,)))
+    assert torch.equal(Noise(0.3, 3, 2).on("w", clean), clean + 0.3 * numbers)
+    assert torch.equal(Noise(0.3, 3, 2).on("w", clean.bfloat16()), clean.bfloat16().float() + 0.3 * numbers)
+    exempt = Noise(0.3, 3, 2, exempt_router=True)
+    noisy = exempt.on("w", clean)
+    kept = noisy == clean + 0.3 * numbers
+    assert torch.equal(noisy[~kept], clean[~kept])
+    assert 0 < (~kept).sum() < 60
+    correction = exempt.router_correction(noisy, clean)
+    assert correction.abs().max() <= 2
+    torch.testing.assert_close(noisy * correction, clean, rtol=1e-6, atol=0)
 
 
 def test_stages_are_equal_parts_of_the_run() -> None:

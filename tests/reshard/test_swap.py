@@ -29,6 +29,7 @@ def base_config(model, folder, train, rollout):
         "run": {"output_dir": str(folder), "seed": 3},
         "model": {"path": str(model), "max_length": 64},
         "train": {"learning_rate": 5e-3, "micro_batch_tokens": 512, **train},
+        "noise": {"enabled": True, "sigma_start": 0.05, "stages": 2, "exempt_router": True},
         "rollout": {"max_response_tokens": RESPONSE_TOKENS, "max_sequences": 16, "kv_cache_bytes": 8 << 20, **rollout},
     }
     import dataclasses
@@ -84,10 +85,10 @@ def share(samples, worker):
     return samples.select(list(range(worker.train.data_parallel_rank, len(PROMPTS), size)))
 
 
-def difference(worker, responses, log_probs):
+def difference(worker, responses, log_probs, noise=None):
     """Sum of |engine - trainer| over this rank's tokens, and their number; (0, 0) on ranks without output."""
     samples = share(samples_of(responses), worker)
-    scores = worker.train.log_probs(samples)
+    scores = worker.train.log_probs(samples, noise=noise)
     if scores is None:
         return 0.0, 0
     own = log_probs[worker.train.data_parallel_rank :: worker.train.data_parallel_size]
@@ -109,14 +110,24 @@ def train_and_swap(model, folder, train, rollout):
     after_tokens, after_log_probs = greedy(worker.rollout)
     worker.swap_to_train()
     after = difference(worker, after_tokens, after_log_probs)
+    # Beside the train state, which stays in memory, the engine serves the same policy.
+    published = worker.publish()
+    again = greedy(worker.rollout)
     worker.export(str(Path(folder) / "export"))
+    last = worker.config.run.steps
+    worker.swap_to_rollout(last)
+    noisy = greedy(worker.rollout)
+    worker.swap_to_train()
     return {
+        "noisy": difference(worker, *noisy, noise=worker.swap.noise_of(last)),
+        "noise unknown": difference(worker, *noisy),
         "before": before,
         "after": after,
         "tokens": (before_tokens, after_tokens),
         "log_probs": after_log_probs,
         "held_in_rollout": held_in_rollout,
         "held_in_train": report.held_bytes,
+        "published": (again, published.held_bytes, published.released_bytes),
     }
 
 
@@ -152,12 +163,19 @@ def test_the_engine_follows_the_trainer_through_ten_updates(tmp_path, tiny_w8a8,
     old, new = ranks[0]["tokens"]
     assert any(not np.array_equal(a, b) for a, b in zip(old, new, strict=True)), "ten updates changed no answer"
     assert mean("after") <= mean("before")
+    # A trainer that knows the noise is about as close to what sampled as without any.
+    assert mean("noisy") < mean("noise unknown") / 2
 
     held = ranks[0]["held_in_rollout"], ranks[0]["held_in_train"]
     assert held[0]["train/optimizer"] == held[0]["train/gradients"] == held[0]["train/parameters"] == 0
     assert held[0]["rollout/kv_cache"] > 0
     assert held[1]["rollout/kv_cache"] == 0
     assert held[1]["train/parameters"] > 0
+    (tokens, log_probs), both, released = ranks[0]["published"]
+    assert all(np.array_equal(a, b) for a, b in zip(tokens, new, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(log_probs, ranks[0]["log_probs"], strict=True))
+    assert min(both["train/parameters"], both["rollout/kv_cache"]) > 0
+    assert released == {}
 
     fresh_tokens, fresh_log_probs = run_ranks(fresh_engine, 2, model, tmp_path, rollout)[0]
     # An early end of sequence would quietly shrink what is compared.

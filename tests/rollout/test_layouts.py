@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qerl_rl.config.schema import LoraConfig
+from qerl_rl.quant.noise import Noise
 from tests.ranks import run_ranks
 from tests.rollout.scenes import (
     LORA,
@@ -36,7 +37,7 @@ def _scene(folder: Path, layout: dict[str, Any], calls: list[Shares], greedy_sha
     rank = int(os.environ["RANK"])
     seen: dict[str, Any] = {"sampled": [generate(engine, shares[rank]) for shares in calls]}
     seen["greedy"] = generate(engine, greedy_share[rank], greedy=True)
-    engine.set_noise(0.05, seed=3, step=1)
+    engine.set_noise(Noise(0.05, seed=3, step=1))
     seen["noise"] = generate(engine, greedy_share[rank], greedy=True)
     seen["held"] = engine.held_bytes()
     seen["shared memory"] = [name for name in os.listdir("/dev/shm") if "cpushm" in name]

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 
+from qerl_rl.quant.noise import Noise
 from tests.ranks import run_ranks
 from tests.rollout.scenes import (
     LORA,
@@ -68,8 +70,28 @@ def _noise(engine: Any, seen: dict[str, Any]) -> None:
         "little noise": (1e-4, 1),
         "noise gone": (0.0, 3),
     }.items():
-        engine.set_noise(sigma, seed=3, step=step)
+        engine.set_noise(Noise(sigma, seed=3, step=step))
         seen[name] = generate(engine, GROUPS, samples=3)
+    seen["router gaps"] = {exempt: _router_gap(engine, exempt) for exempt in (False, True)}
+
+
+def _router_gap(engine: Any, exempt: bool) -> float:
+    """How far what the first layer's router sees is from its norm without noise, over the largest number there."""
+    model = engine._engine.model_executor.driver_worker.worker.model_runner.model
+    layer, pairs = model.model.layers[0], []
+    norm, clean = layer.post_attention_layernorm, layer.post_attention_layernorm.weight.data
+    engine.set_noise(Noise(0.05, seed=3, step=1, exempt_router=exempt))
+    noisy = norm.weight.data
+    hooks = [
+        norm.register_forward_hook(lambda module, inputs, output: pairs.append(output[0].float() / noisy * clean)),
+        layer.mlp.gate.register_forward_hook(lambda module, inputs, output: pairs.append(inputs[0].float())),
+    ]
+    generate(engine, GROUPS)
+    for hook in hooks:
+        hook.remove()
+    engine.set_noise(Noise())
+    expected, found = torch.cat(pairs[0::2]), torch.cat(pairs[1::2])
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def _kv_cache(engine: Any, seen: dict[str, Any]) -> None:
@@ -116,6 +138,11 @@ def folder(tiny_w8a8: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def seen(folder: Path) -> dict[str, Any]:
     return run_ranks(_scene, 1, folder)[0]
+
+
+def test_noise_can_be_kept_out_of_the_routers_input(seen: dict[str, Any]) -> None:
+    # What is left is the rounding of bfloat16.
+    assert seen["router gaps"][True] < 0.01 < seen["router gaps"][False]
 
 
 def test_sampling_repeats_and_does_not_depend_on_the_batch(seen: dict[str, Any]) -> None:

@@ -48,6 +48,8 @@ ALGORITHMS = {
         "algorithm.kl_target=0.5",
         "algorithm.kl_horizon=64",
         "algorithm.overlong_buffer_tokens=4",
+        "noise.log_probs=noisy",
+        "noise.exempt_router=true",
         "algorithm.name=dapo",
         "algorithm.sampling_rounds=2",
     ],
@@ -125,6 +127,10 @@ def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layo
         assert [step["kl/coefficient"] for step in steps] == pytest.approx([0.1, 0.09])
         assert steps[1]["reward/overlong_mean"] < -0.5
         assert steps[1]["reward/kl_mean"] != 0
+        # The second half of the run has noise, which the trainer knows.
+        assert [step["noise/sigma"] for step in steps] == [0.0, 1e-2]
+        assert steps[1]["noise/kl"] > 0
+        assert "noise/kl" not in steps[0]
         # Some groups earn the same throughout; new prompts take their place once.
         assert all(8 < step["sampling/groups"] <= 16 for step in steps)
         assert all(step["reward/mean"] >= step["sampling/reward_mean"] for step in steps)

@@ -1,0 +1,33 @@
+"""The engine's noise on the trainer's RMSNorm weights, to evaluate what sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from qerl_rl.quant.noise import Noise, scaled_input
+
+
+@contextmanager
+def noisy_norms(model: torch.nn.Module, noise: Noise) -> Iterator[None]:
+    """Inside, the layer norms of this rank's GPTModel have `noise` on them, number for number that of the engine."""
+    with ExitStack() as stack:
+        for layer in model.decoder.layers if noise.sigma else ():
+            prefix = f"model.layers.{layer.layer_number - 1}"
+            _add(stack, noise, f"{prefix}.input_layernorm.weight", layer.input_layernorm)
+            _add(stack, noise, f"{prefix}.post_attention_layernorm.weight", layer.pre_mlp_layernorm, layer.mlp.router)
+        yield
+
+
+def _add(
+    stack: ExitStack, noise: Noise, name: str, norm: torch.nn.Module, router: torch.nn.Module | None = None
+) -> None:
+    clean = norm.weight.data
+    noisy = noise.on(name, clean)
+    norm.weight.data = noisy
+    stack.callback(setattr, norm.weight, "data", clean)
+    if router is not None and noise.exempt_router:
+        hook = router.register_forward_pre_hook(scaled_input(noise.router_correction(noisy, clean)))
+        stack.callback(hook.remove)
