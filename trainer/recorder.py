@@ -63,11 +63,9 @@ class RunRecorder:
         return {f"time/{name}_s": value for name, value in seconds.items()} | {"time/total_s": total}
 
     def _throughput(self, record: dict[str, float]) -> dict[str, float]:
-        # What the engines sampled in the background took longer than the step waited for it.
-        rollout = record.get("time/generate_s", self._seconds.get("rollout", 0.0))
-        train = self._seconds.get("update", 0.0)
+        rollout, train = self._seconds.get("rollout", 0.0), self._seconds.get("update", 0.0)
         return {
-            "tokens_per_s/rollout": record["rollout/tokens"] / rollout,
+            "tokens_per_s/rollout": record.get("tokens_per_s/rollout", record["rollout/tokens"] / rollout),
             "tokens_per_s/train": record["train/tokens"] / train,
         }
 

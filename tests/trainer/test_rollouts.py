@@ -72,8 +72,9 @@ def straight(tiny_w8a8, tmp_path_factory):
 
     def run(way):
         if way not in made:
-            made[way] = tmp_path_factory.mktemp(way)
-            launch(way, tiny_w8a8("qwen3_moe"), made[way])
+            folder = tmp_path_factory.mktemp(way)
+            launch(way, tiny_w8a8("qwen3_moe"), folder)
+            made[way] = folder
         return made[way]
 
     return run
