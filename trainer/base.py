@@ -39,7 +39,10 @@ class Trainer(ABC):
         """Train for one step (counted from 1); returns its metrics."""
 
     def state(self) -> dict[str, Any]:
-        """What the algorithm has to know to go on from a checkpoint, as JSON takes it; the workers keep their own."""
+        """What the algorithm has to know to go on from a checkpoint, as JSON takes it; the workers keep their own.
+
+        Called before the dock is saved: whatever still writes into it has to end first.
+        """
         return {}
 
     def run(self) -> None:
@@ -75,6 +78,10 @@ class Trainer(ABC):
         with self.recorder.phase("eval"):
             return evaluate(self.plan.eval_prompts, self.config, self.workers)
 
+    def give_cards_to_trainer(self, step: int) -> None:
+        """After the rollout of `step`."""
+        self.swap("swap_to_train")
+
     def on_train_ranks(
         self, method: str, shares: Sequence[Any], arguments: Callable[[Any], Sequence[Any]] = lambda share: (share,)
     ) -> list[Any]:
@@ -100,8 +107,9 @@ class Trainer(ABC):
         if last or (every and step % every == 0):
             with self.recorder.phase("checkpoint"):
                 folder = self.recorder.checkpoints.resolve()
+                state = self._run_state()
                 self._save_dock(step_folder(folder, step) / DOCK)
-                pending = self.workers.call("save_checkpoint", str(folder), step, self._run_state())
+                pending = self.workers.call("save_checkpoint", str(folder), step, state)
                 pending.wait(timeout_s=self.config.fault.train_timeout_s)
 
     def _run_state(self) -> dict[str, Any]:
@@ -115,7 +123,7 @@ class Trainer(ABC):
         )
 
     def _save_dock(self, path: Path) -> None:
-        """Between two steps the dock is empty; only samples that outlive their step are worth a file."""
+        """Between two steps the dock is empty, but for samples of the next one that wait there."""
         path.unlink(missing_ok=True)
         if self.dock.status()["samples"]:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,11 @@ from transfer_dock import TransferDock
 
 COLUMNS = {
     "prompts": "int32",
+    "partial_responses": "int32",
+    "partial_log_probs": "float32",
+    "ages": "int32",
+    "left_responses": "int32",
+    "left_log_probs": "float32",
     "prompt_texts": "str",
     "answers": "str",
     "responses": "int32",
@@ -35,7 +40,10 @@ GRPO = {
         *("prompts", "responses", "rewards", "truncated", "prompt_texts", "response_texts", "answers"),
         *("old_log_probs", "reference_log_probs"),
     ),
-    "update": ("prompts", "responses", "truncated", "old_log_probs", "reference_log_probs", "advantages"),
+    "update": (
+        *("prompts", "responses", "truncated", "rollout_log_probs"),
+        *("old_log_probs", "reference_log_probs", "advantages"),
+    ),
 }
 """The stages of GRPO and the columns that each reads."""
 
@@ -63,6 +71,14 @@ def with_model_scores(stages: Mapping[str, Sequence[str]]) -> dict[str, Sequence
     }
 
 
+CARRIED = {
+    "rollout": ("prompts", "partial_responses", "partial_log_probs", "ages"),
+    "carry": ("prompts", "prompt_texts", "answers", "left_responses", "left_log_probs", "ages"),
+}
+"""More stages where samples are carried over. `ages` counts the steps that a sample was carried over before this one.
+What a step leaves unfinished gets the columns left_*; as a sample of the next step it begins with partial_*."""
+
+
 def create_dock(config: Config, stages: Mapping[str, Sequence[str]], restore: Path | None = None) -> TransferDock:
     """The dock of a run with these stages; its columns are what they read.
 
@@ -70,6 +86,8 @@ def create_dock(config: Config, stages: Mapping[str, Sequence[str]], restore: Pa
     """
     if config.reward_model.on_the_cards:
         stages = with_model_scores(stages)
+    if config.rollout.carry_prompts:
+        stages = {**stages, **CARRIED}
     read = {column for columns in stages.values() for column in columns}
     return TransferDock.create(
         columns={name: kind for name, kind in COLUMNS.items() if name in read},

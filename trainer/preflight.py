@@ -148,7 +148,8 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture) ->
 def prompts_needed(config: Config) -> int:
     """Different prompts that a whole run can use."""
     evaluation, algorithm = config.eval.prompts if config.eval.every else 0, config.algorithm
-    return config.run.steps * algorithm.prompts_per_step * algorithm.sampling_rounds + evaluation
+    trained = config.run.steps * algorithm.prompts_per_step * algorithm.sampling_rounds
+    return trained + config.rollout.carry_prompts + evaluation
 
 
 def _load_data(loaded: LoadedConfig, tokenizer: Any, needed: int) -> tuple[PromptSource, list[Prompt], int]:

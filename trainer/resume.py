@@ -19,8 +19,14 @@ DOCK = "dock"
 LAYOUT = ("cluster.workers", *(f"train.{name}_parallel" for name in ("tensor", "pipeline", "expert", "expert_tensor")))
 """Keys of the training layout: weights and optimizer are regrouped."""
 
-FIXED = ("run.seed", "algorithm.name", "quant", "lora", "data", "critic.path")
+FIXED = (
+    *("run.seed", "algorithm.name", "critic.path", "rollout.carry_prompts", "rollout.ahead"),
+    *("quant", "lora", "data"),
+)
 """Keys, and whole sections, that make a run this run."""
+
+WAITING = ("algorithm.prompts_per_step", "algorithm.samples_per_prompt", "rollout.max_response_tokens")
+"""Keys that samples which wait in the dock were drawn for."""
 
 FREE = ("run", "model.path", "cluster", "swap", "dock", "checkpoint", "eval", "track", "profiler", "fault")
 """Keys and sections that change nothing of what is computed (the model's content is compared instead of its path)."""
@@ -67,14 +73,15 @@ def find_resume(loaded: LoadedConfig, choice: str) -> ResumePoint | None:
             fix="give the checkpoint of a run",
         )
     state = meta["run"]
-    _check_same_run(loaded, state, folder)
+    point = ResumePoint(folder, meta["step"], state, tuple(_remarks(config, state["config"])))
+    _check_same_run(loaded, state, folder, waits=point.dock is not None)
     if meta["step"] > config.run.steps:
         raise ConfigError(
             f"the checkpoint is of step {meta['step']}, beyond run.steps={config.run.steps}.",
             fix=f"set run.steps to {meta['step']} or more",
             where=loaded.locate("run.steps"),
         )
-    return ResumePoint(folder, meta["step"], state, tuple(_remarks(config, state["config"])))
+    return point
 
 
 def checkpoints_of(config: Config) -> Path:
@@ -127,11 +134,12 @@ def _is_in(key: str, group: tuple[str, ...]) -> bool:
     return key in group or key.partition(".")[0] in group
 
 
-def _check_same_run(loaded: LoadedConfig, state: dict[str, Any], folder: Path) -> None:
+def _check_same_run(loaded: LoadedConfig, state: dict[str, Any], folder: Path, *, waits: bool) -> None:
     config = loaded.config
     elsewhere = "or start anew in another run.output_dir"
+    fixed = FIXED + WAITING if waits else FIXED
     for key, (then, now) in _changed(config, state["config"]).items():
-        if _is_in(key, FIXED):
+        if _is_in(key, fixed):
             raise ConfigError(
                 f"{key}={now}, but the checkpoint in {folder} was made with {then}.",
                 fix=f"set {key} back to {then}, {elsewhere}",

@@ -13,7 +13,7 @@ from types import FrameType
 import ray
 
 from qerl_rl.config.errors import ConfigError
-from qerl_rl.config.schema import ClusterConfig
+from qerl_rl.config.schema import ClusterConfig, Config
 from qerl_rl.metrics.console import RunDisplay
 from qerl_rl.train.checkpoint import complete_steps, tidy
 from trainer.base import Trainer
@@ -70,7 +70,17 @@ def start_lines(plan: Plan) -> list[str]:
     if aside:
         steps = ", ".join(map(str, aside))
         lines.append(f"checkpoints of other steps ({steps}) move to {checkpoints_of(plan.config)}.old")
-    return lines
+    return lines + off_policy_lines(plan.config)
+
+
+def off_policy_lines(config: Config) -> list[str]:
+    """A remark where an older policy samples and nothing makes up for it."""
+    rollout, correction = config.rollout, config.rollout_correction
+    older = {"rollout.carry_prompts": rollout.carry_prompts, "rollout.ahead": rollout.ahead}
+    keys = [f"{key}={str(value).lower()}" for key, value in older.items() if value]
+    if not keys or correction.rollout_is != "none" or correction.bypass_mode:
+        return []
+    return [f"{keys[0]}: an older policy draws tokens, uncorrected; rollout_correction.rollout_is: token weighs them"]
 
 
 @contextmanager

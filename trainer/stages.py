@@ -9,17 +9,18 @@ import torch
 
 from qerl_rl.algorithms.advantages import Outcome
 from qerl_rl.algorithms.choices import advantages_by_token
+from qerl_rl.algorithms.correction import with_effective_share
 from qerl_rl.algorithms.dapo import kept_samples
 from qerl_rl.algorithms.kl import next_kl_coefficient
 from qerl_rl.algorithms.sequences import sequence_ids, sequence_means
 from qerl_rl.reshard.ledger import REWARD_MODEL
 from trainer.base import Trainer
-from trainer.evaluation import prefixed
 from trainer.outcome import step_outcome
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder
-from trainer.shares import even_rows, group_rows, kept_rows, mini_batch_rows, update_shares
-from transfer_dock import Batch, Jagged, SampleKey
+from trainer.rollouts import Rollouts, rollouts_type
+from trainer.shares import even_rows, kept_rows, mini_batch_rows, update_shares
+from transfer_dock import Batch, Jagged
 from workers import WorkerGroup
 
 
@@ -31,63 +32,25 @@ class PolicyTrainer(Trainer):
         state = plan.resume.state["algorithm"] if plan.resume else {}
         self.kl_coefficient = state.get("kl_coefficient", plan.config.algorithm.kl_coefficient)
         """Of the next update; algorithm.kl_target steers it."""
+        self.rollouts = self.rollouts_type()(self, state.get("rollouts", {}))
 
     def state(self) -> dict[str, Any]:
-        return {"kl_coefficient": self.kl_coefficient}
+        return {"kl_coefficient": self.kl_coefficient, "rollouts": self.rollouts.state()}
 
-    # ---- rollout
+    def rollouts_type(self) -> type[Rollouts]:
+        """How a step gets its samples."""
+        return rollouts_type(self.config.rollout)
 
     def roll_out(self, step: int) -> dict[str, float]:
-        """Sample and score what the step learns from; afterwards the trainer has the cards."""
-        self.swap("swap_to_rollout", step)
-        metrics = {**self.sample(step), **self.evaluate(step)}
+        """Have what the step learns from sampled and scored, and evaluate; afterwards the trainer can work."""
+        return self.rollouts.roll_out(step)
+
+    def give_cards_to_trainer(self, step: int) -> None:
+        """A reward model on the cards comes first: it has to see what was sampled."""
         if self.config.reward_model.on_the_cards:
             self.swap("swap_to_train", REWARD_MODEL)
             self.model_scores(step)
-        self.swap("swap_to_train")
-        return metrics
-
-    def sample(self, step: int) -> dict[str, float]:
-        """Answers to new prompts, and their scores."""
-        groups = self.config.algorithm.prompts_per_step
-        tokens, scores = self.sample_groups(step, 0, groups)
-        return {"rollout/tokens": tokens, **reward_metrics([(groups, scores)])}
-
-    def sample_groups(self, step: int, first_group: int, groups: int) -> tuple[float, dict[str, float]]:
-        """Answer and score `groups` new prompts; returns the tokens of all responses, and the scores' means."""
-        self._put_prompts(step, first_group, groups)
-        samples = groups * self.config.algorithm.samples_per_prompt
-        with self.recorder.phase("rollout"):
-            scoring = self.workers.call_reward("score", self.dock, samples)
-            tokens = self._generate(step, samples)
-        with self.recorder.phase("reward"):
-            return tokens, scoring.wait(timeout_s=self.config.fault.rollout_timeout_s)[0]
-
-    def _put_prompts(self, step: int, first_group: int, groups: int) -> None:
-        """One row a sample: the prompt is repeated for each of its group."""
-        size = self.config.algorithm.samples_per_prompt
-        prompts = [p for p in self.plan.prompts.next(groups) for _ in range(size)]
-        keys = [SampleKey(step, first_group + row // size, row % size) for row in range(len(prompts))]
-        columns = {
-            "prompts": Jagged.from_rows([prompt.tokens for prompt in prompts]),
-            "prompt_texts": [prompt.text for prompt in prompts],
-            "answers": [prompt.answer for prompt in prompts],
-        }
-        self.dock.put(columns, keys)
-
-    def _generate(self, step: int, total: int) -> float:
-        """Answer the `total` prompts that wait; returns the tokens of all responses."""
-        prompts = self.dock.get("rollout", total, whole_groups=True, step=step)
-        leases = prompts.split(group_rows(prompts.keys, self.config.rollout.data_parallel))
-        shares = [lease if lease.keys else None for lease in leases]
-        arguments = [(self.dock, share) for share in self.workers.by_data_rank("rollout", shares)]
-        pending = self.workers.call_each("generate", arguments)
-        results = pending.wait(timeout_s=self.config.fault.rollout_timeout_s, on_wait=lambda: self._show(total))
-        self.dock.ack(prompts)
-        return sum(result["tokens"] for result in results)
-
-    def _show(self, total: int) -> None:
-        self.recorder.progress(self.dock.status()["columns"]["responses"], total)
+        super().give_cards_to_trainer(step)
 
     def model_scores(self, step: int) -> None:
         """What the reward model on the cards thinks of the samples."""
@@ -106,7 +69,7 @@ class PolicyTrainer(Trainer):
             shares = batch.split(even_rows(len(batch.keys), self.config.train_data_parallel))
             results = self.on_train_ranks("log_probs", shares, lambda share: (self.dock, share, step))
             self.dock.ack(batch)
-            return token_weighted([result for result in results if result])
+            return with_effective_share(token_weighted([result for result in results if result]))
 
     def advantages(self, step: int) -> dict[str, float]:
         """An advantage a token, from what the samples earned."""
@@ -152,8 +115,9 @@ class PolicyTrainer(Trainer):
         shares = update_shares(batch, rows, self.config.train_data_parallel)
         results = self.on_train_ranks("update", shares, lambda share: (share, step, self.kl_coefficient))
         metrics = mean_metrics(results[0])
-        # The entropy of a step is that of the policy that rolled it out; later mini-batches see a newer one.
-        metrics.pop("entropy", None)
+        if not self.config.rollout_correction.bypass_mode:
+            # The entropy of a step is that of the policy before the update; later mini-batches see a newer one.
+            metrics.pop("entropy", None)
         metrics["kl/coefficient"] = self.kl_coefficient
         self.kl_coefficient = next_kl_coefficient(
             self.kl_coefficient,
@@ -168,14 +132,6 @@ class PolicyTrainer(Trainer):
 def mean_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
     """The mean over the updates of a step, by name."""
     return {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
-
-
-def reward_metrics(rounds: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Of the groups and scores of each sampling round: all failures, and the means over all samples."""
-    groups = sum(count for count, _ in rounds)
-    names = [name for name in rounds[0][1] if name != "failures"]
-    means = {name: sum(count * scores[name] for count, scores in rounds) / groups for name in names}
-    return prefixed("reward", {"failures": sum(scores["failures"] for _, scores in rounds), **means})
 
 
 def token_weighted(parts: list[dict[str, float]]) -> dict[str, float]:

@@ -21,6 +21,8 @@ from workers.batches import group_requests, to_samples
 
 if TYPE_CHECKING:
     from qerl_rl.algorithms.grpo import LossFunction
+    from qerl_rl.config.schema import RolloutCorrectionConfig
+    from qerl_rl.rollout.engine import GroupOutput
     from qerl_rl.train.engine import TrainEngine
     from qerl_rl.train.model_engine import ModelEngine
     from qerl_rl.train.value_engine import RewardModelEngine, ValueEngine
@@ -77,6 +79,7 @@ class ActorHybridWorker:
         # Importing vLLM takes seconds, which a run without a rollout is spared.
         from qerl_rl.reshard.swap import Swap
         from qerl_rl.rollout.vllm_engine import VllmEngine
+        from qerl_rl.train.background import BackgroundJob
 
         self.rollout = VllmEngine(
             self.config.model.path,
@@ -86,6 +89,7 @@ class ActorHybridWorker:
             seed=self.config.run.seed,
         )
         self.swap = Swap(self.train, self.rollout, self.config.swap, self.config.noise, self.config.run, beside)
+        self._generation: BackgroundJob[dict[str, Any]] = BackgroundJob("generation")
         self.rollout.release_kv_cache()
 
     def _load_models(self) -> tuple[TrainEngine, dict[str, ModelEngine]]:
@@ -120,20 +124,51 @@ class ActorHybridWorker:
         """Give the card to the trainer: of the policy, or of `critic` or `reward_model`."""
         return self.swap.to_train(model)
 
-    def generate(self, dock: TransferDock, prompts: Batch | None) -> dict[str, float]:
+    def publish(self) -> SwapReport:
+        """Serve the newest policy while this rank goes on training; the noise comes with `start_generation`."""
+        return self.swap.publish()
+
+    def generate(self, dock: TransferDock, prompts: Batch | None, quota: int | None = None) -> dict[str, Any]:
         """Answer the prompts of this data-parallel rank's lease (None: no prompts), writing each group when it is done.
 
         Writes the columns responses, rollout_log_probs and truncated. Ranks of one engine generate the same; its first
-        one writes.
+        one writes. quota: stop when this many groups are done, and write left_responses and left_log_probs of the
+        others; None waits for all.
+        Returns: `tokens` drawn, `seconds`, `unfinished` samples, and the `ages` of the groups that are done.
         """
         begin = perf_counter()
-        requests, keys = group_requests(prompts, self.config.run.seed)
-        tokens = 0
-        for output in self.rollout.generate(requests):
-            tokens += sum(len(response) for response in output.responses)
-            if self._writes_rollouts:
-                put_responses(dock, keys[output.group], output)
-        return {"tokens": float(tokens) if self._writes_rollouts else 0.0, "seconds": perf_counter() - begin}
+        requests, keys = group_requests(prompts, self.config.run.seed, self.config.rollout)
+        had = {request.group: sum(len(partial.tokens) for partial in request.partials) for request in requests}
+        tokens, unfinished, done = 0, 0, []
+        for output in self.rollout.generate(requests, quota=quota):
+            if not self._writes_rollouts:
+                continue
+            tokens += sum(len(response) for response in output.responses) - had[output.group]
+            unfinished += output.finish_reasons.count("unfinished")
+            if not output.left:
+                done.append(keys[output.group][0])
+            put_responses(dock, keys[output.group], output)
+        return {
+            "tokens": float(tokens),
+            "unfinished": unfinished,
+            "ages": ages_of(prompts, done) if quota else [],
+            "seconds": perf_counter() - begin,
+        }
+
+    def start_generation(self, dock: TransferDock, prompts: Batch | None, step: int) -> None:
+        """Begin `generate` in a thread, with the noise of `step`; this rank may train until `finish_generation`.
+
+        Meanwhile nothing else may be asked of the rollout engine. The two engines share no process group.
+        """
+        self.swap.set_noise(step)
+        self._generation.start(lambda: self.generate(dock, prompts))
+
+    def finish_generation(self) -> dict[str, Any]:
+        """What `generate` returned in the background; raises what it raised."""
+        result = self._generation.wait()
+        if result is None:
+            raise RuntimeError("finish_generation() without start_generation()")
+        return result
 
     @property
     def _writes_rollouts(self) -> bool:
@@ -156,30 +191,33 @@ class ActorHybridWorker:
     def log_probs(self, dock: TransferDock, batch: Batch, step: int = 0) -> dict[str, float]:
         """Old and reference log-probs of this rank's samples into the dock; returns means over their tokens.
 
-        With noise.log_probs=noisy the old ones are those of the policy with the noise of `step`, which sampled.
+        With noise.log_probs=noisy the old ones are those of the policy with the noise of `step`, which sampled. In
+        rollout_correction.bypass_mode they are the engine's, and nothing is known of the mismatch.
         """
-        samples = to_samples(batch)
+        samples, bypass = to_samples(batch), self.config.rollout_correction.bypass_mode
         noise = self.swap.noise_of(step if self.config.noise.log_probs == "noisy" else 0)
-        old = self.train.log_probs(samples, noise=noise)
-        clean = self.train.log_probs(samples) if noise.sigma else old
+        old = None if bypass else self.train.log_probs(samples, noise=noise)
+        clean = self.train.log_probs(samples) if noise.sigma and not bypass else old
         reference = self.train.log_probs(samples, adapters=False)
-        if old is None or clean is None or reference is None:
+        if reference is None:
             return {}
+        from qerl_rl.algorithms.mismatch import noise_mismatch
+
+        rollout_rows = list(batch.columns["rollout_log_probs"].rows())
+        old_rows = rollout_rows if old is None else old.log_probs
         columns = {
-            "old_log_probs": Jagged.from_rows(old.log_probs),
+            "old_log_probs": Jagged.from_rows(old_rows),
             "reference_log_probs": Jagged.from_rows(reference.log_probs),
         }
         dock.put(columns, batch.keys)
-        from qerl_rl.algorithms.mismatch import noise_mismatch, rollout_mismatch
-
-        rollout_rows = list(batch.columns["rollout_log_probs"].rows())
-        return {
-            **rollout_mismatch(rollout_rows, old.log_probs),
-            **(noise_mismatch(old.log_probs, clean.log_probs) if noise.sigma else {}),
-            **({"noise/sigma": self.swap.noise_of(step).sigma} if self.config.noise.enabled else {}),
-            "entropy": float(np.concatenate(old.entropy).mean()),
-            "tokens": float(sum(len(row) for row in rollout_rows)),
-        }
+        metrics = {"tokens": float(samples.response_tokens)}
+        if self.config.noise.enabled:
+            metrics["noise/sigma"] = self.swap.noise_of(step).sigma
+        if old is not None and clean is not None:
+            metrics["entropy"] = float(np.concatenate(old.entropy).mean())
+            metrics |= mismatch_metrics(rollout_rows, old_rows, self.config.rollout_correction)
+            metrics |= noise_mismatch(old_rows, clean.log_probs) if noise.sigma else {}
+        return metrics
 
     def model_scores(self, dock: TransferDock, batch: Batch) -> None:
         """The reward model's score of each of this rank's samples into the dock; it must have the card."""
@@ -216,8 +254,9 @@ class ActorHybridWorker:
         """
         from qerl_rl.algorithms.grpo import grpo_loss
 
-        loss_function = grpo_loss(dataclasses.replace(self.config.algorithm, kl_coefficient=kl_coefficient))
-        columns = ("old_log_probs", "reference_log_probs", "advantages")
+        algorithm = dataclasses.replace(self.config.algorithm, kl_coefficient=kl_coefficient)
+        loss_function = grpo_loss(algorithm, self.config.rollout_correction)
+        columns = ("rollout_log_probs", "old_log_probs", "reference_log_probs", "advantages")
         return self._updates(batches, step, columns, loss_function, self.config.algorithm.loss_aggregation)
 
     def update_pairs(self, batches: Sequence[Batch], step: int) -> list[dict[str, float]]:
@@ -285,12 +324,38 @@ def seed_global_generators(seed: int, rank: int) -> None:
     np.random.seed(state)
 
 
-def put_responses(dock: TransferDock, keys: list[SampleKey], output: Any) -> None:
-    """Write one finished group into the dock."""
+def put_responses(dock: TransferDock, keys: list[SampleKey], output: GroupOutput) -> None:
+    """Write one group into the dock, as finished or as left for the next step."""
+    responses, log_probs = Jagged.from_rows(output.responses), Jagged.from_rows(output.log_probs)
+    if output.left:
+        dock.put({"left_responses": responses, "left_log_probs": log_probs}, keys)
+        return
     truncated = np.array([reason == "length" for reason in output.finish_reasons], dtype=np.float32)
-    columns = {
-        "responses": Jagged.from_rows(output.responses),
-        "rollout_log_probs": Jagged.from_rows(output.log_probs),
-        "truncated": truncated,
-    }
-    dock.put(columns, keys)
+    dock.put({"responses": responses, "rollout_log_probs": log_probs, "truncated": truncated}, keys)
+
+
+def ages_of(prompts: Batch | None, keys: Sequence[SampleKey]) -> list[int]:
+    """The column `ages` of some samples of a lease."""
+    if prompts is None:
+        return []
+    ages = dict(zip(prompts.keys, prompts.columns["ages"].tolist(), strict=True))
+    return [ages[key] for key in keys]
+
+
+def mismatch_metrics(
+    rollout: Sequence[np.ndarray], old: Sequence[np.ndarray], correction: RolloutCorrectionConfig
+) -> dict[str, float]:
+    """How far engine and trainer are apart on their response tokens, and the importance weights that follow."""
+    import torch
+
+    from qerl_rl.algorithms.correction import importance_ratios, weight_metrics
+    from qerl_rl.algorithms.mismatch import rollout_mismatch
+    from qerl_rl.algorithms.sequences import sequence_ids
+
+    metrics = rollout_mismatch(rollout, old)
+    if correction.rollout_is != "none":
+        ids = sequence_ids(torch.tensor([len(row) for row in old]))
+        trained, sampled = (torch.from_numpy(np.concatenate(rows)) for rows in (old, rollout))
+        ratios = importance_ratios(trained, sampled, ids, level=correction.rollout_is)
+        metrics |= weight_metrics(ratios, correction.rollout_is_threshold)
+    return metrics

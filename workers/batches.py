@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,29 +11,39 @@ import numpy as np
 from transfer_dock import Batch, Jagged, SampleKey
 
 if TYPE_CHECKING:
+    from qerl_rl.config.schema import RolloutConfig
     from qerl_rl.rollout.engine import GroupRequest
     from qerl_rl.train.samples import Samples
 
 
-def group_requests(batch: Batch | None, seed: int) -> tuple[list[GroupRequest], dict[int, list[SampleKey]]]:
+def group_requests(
+    batch: Batch | None, seed: int, rollout: RolloutConfig
+) -> tuple[list[GroupRequest], dict[int, list[SampleKey]]]:
     """One request for each group of the lease, and the sample keys by group.
 
     The seed of a group follows from the run's seed, its step and its number, so that a sample does not depend on which
-    rank or in which company it is drawn.
+    rank or in which company it is drawn. Where samples are carried over, each goes on from its partial response, and a
+    group of rollout.carry_max_age steps must finish.
     """
-    from qerl_rl.rollout.engine import GroupRequest
+    from qerl_rl.rollout.engine import GroupRequest, Partial
 
     if batch is None:
         return [], {}
-    prompts = batch.columns["prompts"]
-    keys: dict[int, list[SampleKey]] = {}
-    requests = []
+    rows: dict[int, list[int]] = {}
     for row, key in enumerate(batch.keys):
-        keys.setdefault(key.group, []).append(key)
-        if len(keys[key.group]) == 1:
-            group_seed = np.random.SeedSequence([seed, key.step, key.group]).generate_state(1)[0]
-            requests.append((key.group, prompts.row(row), int(group_seed >> 1)))
-    return [GroupRequest(group, prompt, len(keys[group]), seed) for group, prompt, seed in requests], keys
+        rows.setdefault(key.group, []).append(row)
+    requests = []
+    for group, own in rows.items():
+        group_seed = np.random.SeedSequence([seed, batch.keys[own[0]].step, group]).generate_state(1)[0]
+        prompt = batch.columns["prompts"].row(own[0])
+        request = GroupRequest(group, prompt, len(own), int(group_seed >> 1))
+        if rollout.carry_prompts:
+            responses, log_probs = batch.columns["partial_responses"], batch.columns["partial_log_probs"]
+            partials = [Partial(responses.row(row), log_probs.row(row)) for row in own]
+            is_old = bool(batch.columns["ages"][own[0]] >= rollout.carry_max_age)
+            request = dataclasses.replace(request, partials=partials, must_finish=is_old)
+        requests.append(request)
+    return requests, {group: [batch.keys[row] for row in own] for group, own in rows.items()}
 
 
 def to_samples(batch: Batch, columns: Sequence[str] = ()) -> Samples:

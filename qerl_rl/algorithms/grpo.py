@@ -7,29 +7,33 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from qerl_rl.algorithms.choices import find_loss
+from qerl_rl.algorithms.correction import corrected_weights
 from qerl_rl.algorithms.kl import kl_estimate
-from qerl_rl.config.schema import AlgorithmConfig
+from qerl_rl.config.learning_schema import AlgorithmConfig, RolloutCorrectionConfig
 
 LossFunction = Callable[[Tensor, Tensor, Mapping[str, Tensor], Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(log_probs [T], entropy [T], columns {name: [T]}, token_weights [T]) -> (loss scalar, metrics {name: sum over T})."""
 
 
-def grpo_loss(config: AlgorithmConfig) -> LossFunction:
+def grpo_loss(config: AlgorithmConfig, correction: RolloutCorrectionConfig | None = None) -> LossFunction:
     """The loss of GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3), as a function of the tokens of one micro-batch.
 
-    loss = sum_t w_t (policy loss_t + kl_coefficient * KL_t - entropy_coefficient * H_t)
+    loss = sum_t w_t (c_t policy loss_t + kl_coefficient * KL_t - entropy_coefficient * H_t)
 
-    config.loss names the policy loss. With config.kl_in == "reward" the KL is in the advantages and not here.
-    It needs the columns `old_log_probs` and `advantages` (gspo also `sequence_ids`); `reference_log_probs` only for a
-    KL in the loss, but reports `kl/reference` whenever that column is there. Metrics are sums over tokens, not
-    weighted: those of the policy loss, `entropy` (nats) and `kl/reference` (nats, by config.kl_estimator).
+    c_t is the importance weight that `correction` asks for (`qerl_rl.algorithms.correction`), 1 without. config.loss
+    names the policy loss. With config.kl_in == "reward" the KL is in the advantages and not here.
+    It needs the columns `old_log_probs` and `advantages`; gspo also `sequence_ids`, a correction these and
+    `rollout_log_probs`; `reference_log_probs` only for a KL in the loss, but reports `kl/reference` whenever that
+    column is there. Metrics are sums over tokens, not weighted: those of the policy loss, `entropy` (nats) and
+    `kl/reference` (nats, by config.kl_estimator).
     Raises: ConfigError for a loss that does not exist; (when called) ValueError for a missing column.
     """
-    policy_loss = find_loss(config.loss)
+    policy_loss, correction = find_loss(config.loss), correction or RolloutCorrectionConfig()
     kl_coefficient = config.kl_coefficient if config.kl_in == "loss" else 0.0
     needed = ["old_log_probs", "advantages"]
     needed += ["reference_log_probs"] if kl_coefficient else []
-    needed += ["sequence_ids"] if config.loss == "gspo" else []
+    needed += ["rollout_log_probs"] if correction.rollout_is != "none" else []
+    needed += ["sequence_ids"] if config.loss == "gspo" or correction.rollout_is != "none" else []
 
     def loss_function(
         log_probs: Tensor, entropy: Tensor, columns: Mapping[str, Tensor], token_weights: Tensor
@@ -37,7 +41,7 @@ def grpo_loss(config: AlgorithmConfig) -> LossFunction:
         missing = [name for name in needed if name not in columns]
         if missing:
             raise ValueError(f"the {config.loss} loss needs the columns {missing}, got {sorted(columns)}")
-        loss, metrics = policy_loss(log_probs, columns, token_weights, config)
+        loss, metrics = policy_loss(log_probs, columns, corrected_weights(token_weights, columns, correction), config)
         metrics["entropy"] = entropy.detach().sum()
         if config.entropy_coefficient:
             loss = loss - config.entropy_coefficient * (token_weights * entropy).sum()

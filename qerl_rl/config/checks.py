@@ -30,6 +30,7 @@ CHOICES = {
     "algorithm.loss_aggregation": ("token_mean", "sequence_mean", "sequence_sum_constant"),
     "algorithm.kl_in": ("loss", "reward"),
     "reward_model.backend": ("hf", "megatron"),
+    "rollout_correction.rollout_is": ("none", "token", "sequence"),
     "track.console": ("auto", "lines", "quiet"),
 }
 
@@ -38,7 +39,7 @@ AT_LEAST = {
     run.steps cluster.workers cluster.threads_per_worker model.max_length train.tensor_parallel
     train.pipeline_parallel train.expert_parallel train.expert_tensor_parallel train.micro_batch_tokens
     rollout.tensor_parallel rollout.data_parallel rollout.max_sequences rollout.max_batched_tokens
-    rollout.kv_cache_bytes
+    rollout.kv_cache_bytes rollout.carry_max_age
     eval.samples reward.length_characters
     rollout.max_prompt_tokens rollout.max_response_tokens lora.rank algorithm.prompts_per_step
     algorithm.prompts_per_mini_batch algorithm.epochs_per_step reward.workers dock.capacity_bytes checkpoint.keep
@@ -49,12 +50,13 @@ AT_LEAST = {
     cluster.cpus_per_worker train.learning_rate train.warmup_steps train.weight_decay train.max_grad_norm
     rollout.top_k noise.sigma_start noise.sigma_end algorithm.clip_low algorithm.clip_high algorithm.kl_coefficient
     algorithm.entropy_coefficient algorithm.loss_constant_tokens algorithm.kl_target algorithm.overlong_buffer_tokens
-    algorithm.overlong_penalty algorithm.discount data.limit checkpoint.every eval.every profiler.step""",
+    algorithm.overlong_penalty rollout.carry_prompts algorithm.discount data.limit checkpoint.every eval.every
+    profiler.step""",
 }
 
 POSITIVE = """eval.temperature critic.value_clip dpo.beta
 lora.alpha rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
-fault.rollout_timeout_s fault.train_timeout_s train.adam_eps"""
+fault.rollout_timeout_s fault.train_timeout_s train.adam_eps rollout_correction.rollout_is_threshold"""
 
 
 def check_config(config: Config, locate: Locate) -> None:
@@ -121,6 +123,45 @@ def _check_rollout_layout(config: Config) -> Fault:
     if workers % rollout.tensor_parallel:
         return key, f"{problem} cluster.workers={workers}.", f"set rollout.tensor_parallel to a divisor of {workers}"
     return key, f"{problem} cluster.workers={workers}.", f"set {key} to {workers // rollout.tensor_parallel}"
+
+
+def _check_rollouts(config: Config) -> Fault:
+    """What a step's samples may come from."""
+    algorithm, rollout, correction = config.algorithm, config.rollout, config.rollout_correction
+    off = {
+        "rollout.carry_prompts": (rollout.carry_prompts, "0"),
+        "rollout.ahead": (rollout.ahead, "false"),
+        "rollout_correction.rollout_is": (correction.rollout_is != "none", "none"),
+        "rollout_correction.bypass_mode": (correction.bypass_mode, "false"),
+    }
+    reasons = {"dapo": "samples until it has enough", "dpo": "learns from pairs, without a rollout"}
+    reason, keys = reasons.get(algorithm.name), list(off) if algorithm.name == "dpo" else list(off)[:2]
+    for key in keys:
+        given, neutral = off[key]
+        if given and reason:
+            problem = f"{key}={_shown(_get(config, key))}, but algorithm.name={algorithm.name} {reason}."
+            return key, problem, f"set {key} to {neutral}, or algorithm.name to grpo"
+    key, carried = "rollout.carry_prompts", rollout.carry_prompts
+    if carried and rollout.ahead:
+        return "rollout.ahead", f"rollout.ahead=true and {key}={carried} exclude each other.", f"set {key} to 0"
+    if carried > algorithm.prompts_per_step:
+        problem = f"{key}={carried} is more than algorithm.prompts_per_step={algorithm.prompts_per_step}: a step could"
+        fix = f"set {key} to {algorithm.prompts_per_step} or less"
+        return key, f"{problem} not learn from all that is due.", fix
+    if carried and algorithm.prompts_per_step % rollout.data_parallel:
+        problem = f"algorithm.prompts_per_step={algorithm.prompts_per_step} does not divide over"
+        problem = f"{problem} rollout.data_parallel={rollout.data_parallel} engines, as {key} needs it."
+        fix = f"set algorithm.prompts_per_step to a multiple of {rollout.data_parallel}, or {key} to 0"
+        return "algorithm.prompts_per_step", problem, fix
+    if correction.bypass_mode and correction.rollout_is != "none":
+        key = "rollout_correction.rollout_is"
+        problem = f"{key}={correction.rollout_is}, but with rollout_correction.bypass_mode all weights are 1."
+        return key, problem, f"set {key} to none, or rollout_correction.bypass_mode to false"
+    return None
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check_batches(config: Config) -> Fault:
@@ -246,10 +287,15 @@ def _check_adapters(config: Config) -> Fault:
 def _check_lengths(config: Config) -> Fault:
     rollout, key = config.rollout, "model.max_length"
     needed = rollout.max_prompt_tokens + rollout.max_response_tokens
-    if needed <= config.model.max_length:
-        return None
-    sizes = f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} + max_response_tokens={rollout.max_response_tokens}"
-    return key, f"{sizes} exceed {key}={config.model.max_length}.", f"set {key} to {needed} or more"
+    if needed > config.model.max_length:
+        sizes = f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} + max_response_tokens"
+        problem = f"{sizes}={rollout.max_response_tokens} exceed {key}={config.model.max_length}."
+        return key, problem, f"set {key} to {needed} or more"
+    longest, key = config.model.max_length, "rollout.max_batched_tokens"
+    if rollout.max_batched_tokens < longest:
+        problem = f"{key}={rollout.max_batched_tokens} is less than model.max_length={longest}:"
+        return key, f"{problem} no prompt is prefilled in parts.", f"set {key} to {longest} or more"
+    return None
 
 
 def _check_paths(config: Config) -> Fault:
@@ -291,6 +337,7 @@ CHECKS = (
     _check_values,
     _check_train_layout,
     _check_rollout_layout,
+    _check_rollouts,
     _check_batches,
     _check_algorithm,
     _check_critic,

@@ -96,6 +96,7 @@ class RolloutConfig:
     max_sequences: int = 128
     """Sequences decoded at once by one engine."""
     max_batched_tokens: int = 4096
+    """Tokens that one step of an engine computes, of all sequences; at least model.max_length."""
     kv_cache_bytes: int = 67108864
     """KV cache of one rank, in bytes."""
     prefix_caching: bool = True

@@ -56,6 +56,21 @@ class Swap:
         report.held_bytes = self.held_bytes()
         return report
 
+    def publish(self) -> SwapReport:
+        """Serve the policy as it is now, while the train state stays: both engines are in memory.
+
+        The section swap of the configuration has no effect then.
+        """
+        report = SwapReport("rollout")
+        with report.stage("gather"):
+            adapters = self._train.gather_adapters()
+        with report.stage("transfer"):
+            report.moved_bytes = self._rollout.set_adapters(adapters)
+        with report.stage("kv_cache"):
+            self._rollout.restore_kv_cache()
+        report.held_bytes = self.held_bytes()
+        return report
+
     def to_train(self, model: str = POLICY) -> SwapReport:
         """Give the card to the trainer of `model`: the KV cache and the other models leave memory, its state returns.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -13,32 +13,46 @@ from qerl_rl.quant.noise import Noise
 
 
 @dataclass(frozen=True)
+class Partial:
+    """What a sample has of its response already: tokens int32 [n] and their log_probs float32 [n]; maybe nothing."""
+
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    log_probs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+
+
+@dataclass(frozen=True)
 class GroupRequest:
     """One prompt to be answered several times.
 
-    prompt_tokens: int32 [prompt]. seed: of this group; sample i draws from (seed, i) alone, so it is the same whatever
-    else is generated at the same time.
+    prompt_tokens: int32 [prompt]. seed: of this group; sample i draws from (seed, i) and the length of its partial
+    response alone, so it is the same whatever else is generated at the same time. partials: one a sample, from which it
+    goes on; empty where none has begun. must_finish: it is waited for, whatever the quota.
     """
 
     group: int
     prompt_tokens: np.ndarray
     samples: int
     seed: int
+    partials: Sequence[Partial] = ()
+    must_finish: bool = False
 
 
 @dataclass(frozen=True)
 class GroupOutput:
-    """The finished samples of a prompt, in the order of their index.
+    """The samples of a prompt, in the order of their index, with what they had before.
 
     responses: int32 [response], with the end-of-sequence token where there is one. log_probs: float32 [response], the
     natural log-probability of each token under logits / temperature (greedy: under the logits), renormalized over the
-    tokens that rollout.top_p and rollout.top_k leave. finish_reasons: `stop` (end of sequence) or `length`.
+    tokens that rollout.top_p and rollout.top_k leave; those of a partial response are as they were given.
+    finish_reasons: `stop` (end of sequence), `length` or, in a group that is `left`, `unfinished`. left: it was not
+    among the quota; each of its samples can go on as a Partial of another request, finished or not.
     """
 
     group: int
     responses: list[np.ndarray]
     log_probs: list[np.ndarray]
     finish_reasons: list[str]
+    left: bool = False
 
 
 class RolloutEngine(Protocol):
@@ -48,12 +62,18 @@ class RolloutEngine(Protocol):
     """
 
     def generate(
-        self, requests: Sequence[GroupRequest], *, temperature: float | None = None, greedy: bool = False
+        self,
+        requests: Sequence[GroupRequest],
+        *,
+        temperature: float | None = None,
+        greedy: bool = False,
+        quota: int | None = None,
     ) -> Iterator[GroupOutput]:
         """Yield each group when its last sample is finished.
 
         Iterate to the end on every rank, also where there are no requests: ranks that share experts step together.
-        temperature: None takes rollout.temperature. greedy: the most likely token each time.
+        temperature: None takes rollout.temperature. greedy: the most likely token each time. quota: stop when this many
+        of this rank's groups are complete (`Quota` says which), then yield the others as they are; None waits for all.
         """
 
     def set_adapters(self, tensors: Mapping[str, torch.Tensor]) -> int:

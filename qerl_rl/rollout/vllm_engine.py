@@ -18,11 +18,13 @@ import torch.distributed as dist
 from qerl_rl.config.schema import LoraConfig, RolloutConfig
 from qerl_rl.quant.noise import Noise
 from qerl_rl.rollout.adapters import AdapterSet
+from qerl_rl.rollout.collector import Collector, unfinished_samples
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.kv_cache import KvCacheMemory
 from qerl_rl.rollout.limits import check_expert_sizes
 from qerl_rl.rollout.norm_noise import NormNoise
+from qerl_rl.rollout.quota import Quota
 from qerl_rl.rollout.weight_memory import drop_unused_copies, weight_bytes
 
 
@@ -58,49 +60,66 @@ class VllmEngine:
         self._kv_cache = KvCacheMemory(runner.kv_caches)
 
     def generate(
-        self, requests: Sequence[GroupRequest], *, temperature: float | None = None, greedy: bool = False
+        self,
+        requests: Sequence[GroupRequest],
+        *,
+        temperature: float | None = None,
+        greedy: bool = False,
+        quota: int | None = None,
     ) -> Iterator[GroupOutput]:
         """Yield each group when its last sample is finished; iterate to the end on every rank.
 
         Closed early, it drops what is unfinished. Raises: RuntimeError while the KV cache is released; ValueError for a
-        group number given twice or a prompt that leaves no room for a response.
+        group number given twice, a prompt that leaves no room for a response, partial responses that are not one a
+        sample, or more groups that must finish than the quota has places.
         """
         if self._kv_cache.nbytes == 0:
             raise RuntimeError("generate() while the KV cache is released: call restore_kv_cache() first")
-        waiting = {request.group: _Collector(request) for request in requests}
+        waiting = {request.group: Collector(request, self._budget(request), self._stop_tokens) for request in requests}
         if len(waiting) != len(requests):
             raise ValueError("two requests have the same group number")
+        places = Quota(len(requests) if quota is None else quota, [r.group for r in requests if r.must_finish])
         temperature = 0.0 if greedy else self._rollout.temperature if temperature is None else temperature
-        names = [name for request in requests for name in self._add(request, temperature)]
+        for request in requests:
+            self._add(request, waiting[request.group], temperature)
         try:
-            while self._engine.has_unfinished_requests():
+            for group in [request.group for request in requests if waiting[request.group].is_complete]:
+                if places.takes(group):
+                    yield waiting.pop(group).output()
+            while self._goes_on(waiting, places):
                 for output in self._engine.step():
                     group, index = map(int, output.request_id.split(":"))
-                    if waiting[group].finish(index, output.outputs[0]):
+                    if waiting[group].finish(index, output.outputs[0]) and places.takes(group):
                         yield waiting.pop(group).output()
+            for collector in waiting.values():
+                yield collector.output(left=True)
+            waiting = {}
         finally:
-            if waiting:
-                self._engine.abort_request(names)
+            self._abort(waiting)
 
-    def _add(self, request: GroupRequest, temperature: float) -> list[str]:
-        """Hand the samples of a group to the engine; returns their names."""
-        from vllm import SamplingParams, TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
-
+    def _budget(self, request: GroupRequest) -> int:
+        """Tokens that a response to this request may have."""
         room = self._max_length - len(request.prompt_tokens)
         if room < 1:
             raise ValueError(
                 f"group {request.group}: a prompt of {len(request.prompt_tokens)} tokens leaves no room for a response "
                 f"(max_length {self._max_length})"
             )
-        names = []
-        for index in range(request.samples):
+        return min(self._rollout.max_response_tokens, room)
+
+    def _add(self, request: GroupRequest, collector: Collector, temperature: float) -> None:
+        """Hand the samples of a group that have tokens left to draw to the engine."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        for index in collector.unfinished:
+            partial = collector.partials[index].tokens
             params = SamplingParams(
                 temperature=temperature,
                 top_p=self._rollout.top_p,
                 top_k=self._rollout.top_k,
-                seed=sample_seed(request.seed, index),
-                max_tokens=min(self._rollout.max_response_tokens, room),
+                seed=sample_seed(request.seed, index, len(partial)),
+                max_tokens=collector.budget - len(partial),
                 stop_token_ids=self._stop_tokens,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -108,10 +127,25 @@ class VllmEngine:
                 logprobs=0,
                 flat_logprobs=True,
             )
-            names.append(f"{request.group}:{index}")
-            prompt = TokensPrompt(prompt_token_ids=request.prompt_tokens.tolist())
-            self._engine.add_request(names[-1], prompt, params)
-        return names
+            tokens = np.concatenate([request.prompt_tokens, partial]).tolist()
+            self._engine.add_request(f"{request.group}:{index}", TokensPrompt(prompt_token_ids=tokens), params)
+
+    def _goes_on(self, waiting: Mapping[int, Collector], places: Quota) -> bool:
+        """Whether there is a step to take; ranks that step together ask each other, so all of them call it as often.
+
+        Once the quota is met, what unfinished samples have so far is taken out of the engine.
+        """
+        if places.is_met and self._engine.output_processor.has_unfinished_requests():
+            for name, sample in unfinished_samples(self._engine).items():
+                group, index = map(int, name.split(":"))
+                waiting[group].interrupt(index, sample)
+            self._abort(waiting)
+        return self._engine.has_unfinished_requests()
+
+    def _abort(self, waiting: Mapping[int, Collector]) -> None:
+        names = [f"{group}:{index}" for group, own in waiting.items() for index in range(len(own.partials))]
+        if names:
+            self._engine.abort_request(names)
 
     def set_adapters(self, tensors: Mapping[str, torch.Tensor]) -> int:
         """Copy this rank's slices into the layers, scaled; cached prefixes of the old policy are forgotten."""
@@ -143,33 +177,13 @@ class VllmEngine:
         return {"weights": self._weights, "adapters": adapters, "kv_cache": self._kv_cache.nbytes}
 
 
-class _Collector:
-    """The finished samples of one group."""
+def sample_seed(seed: int, index: int, done: int = 0) -> int:
+    """The seed of sample `index` of a group that has `done` tokens: hashed, so that neighbouring seeds share no sample.
 
-    def __init__(self, request: GroupRequest) -> None:
-        self.group = request.group
-        self._samples: list[Any] = [None] * request.samples
-        self._missing = request.samples
-
-    def finish(self, index: int, sample: Any) -> bool:
-        """Keep a finished sample; True when it was the last."""
-        self._samples[index] = sample
-        self._missing -= 1
-        return self._missing == 0
-
-    def output(self) -> GroupOutput:
-        return GroupOutput(
-            self.group,
-            [np.asarray(sample.token_ids, dtype=np.int32) for sample in self._samples],
-            [np.asarray(sample.logprobs.logprobs, dtype=np.float32) for sample in self._samples],
-            [sample.finish_reason for sample in self._samples],
-        )
-
-
-def sample_seed(seed: int, index: int) -> int:
-    """The seed of sample `index` of a group: hashed, so that groups with neighbouring seeds share no sample."""
-    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    One that goes on must not draw the numbers of its beginning again.
+    """
+    text = f"{seed}:{index}:{done}" if done else f"{seed}:{index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def end_of_sequence_tokens(folder: Path) -> list[int]:
@@ -195,6 +209,8 @@ def _engine_args(model_path: str | Path, rollout: RolloutConfig, max_length: int
         max_num_batched_tokens=rollout.max_batched_tokens,
         kv_cache_memory_bytes=rollout.kv_cache_bytes,
         enable_prefix_caching=rollout.prefix_caching,
+        # A prompt that is prefilled in parts makes vLLM rewind the request's generator, which one of a CPU can't.
+        enable_chunked_prefill=False,
         enforce_eager=rollout.enforce_eager,
         tensor_parallel_size=rollout.tensor_parallel,
         data_parallel_size=rollout.data_parallel if rollout.expert_parallel else 1,

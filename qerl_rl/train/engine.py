@@ -17,7 +17,7 @@ from qerl_rl.config.schema import Config
 from qerl_rl.model.slots import LANGUAGE_MODEL
 from qerl_rl.quant.noise import Noise
 from qerl_rl.train import checkpoint, export
-from qerl_rl.train.background import BackgroundWriter
+from qerl_rl.train.background import BackgroundJob
 from qerl_rl.train.learner import EngineSnapshot, LearningEngine
 from qerl_rl.train.norm_noise import noisy_norms
 from qerl_rl.train.offload import StateStore
@@ -44,7 +44,7 @@ class TrainEngine(LearningEngine):
 
         score = token_scores(self.architecture.vocabulary_size, config.rollout.temperature)
         self._passes = Passes(self._state.ddp, score)
-        self._writer = BackgroundWriter()
+        self._writer: BackgroundJob[None] = BackgroundJob("checkpoint")
 
     # ---- compute
 

@@ -160,6 +160,32 @@ def test_a_single_reward_weighs_one_and_exact_is_the_default(tmp_path):
         (["data.max_prompt_tokens=129"], "exceeds rollout.max_prompt_tokens=128", "to 128 or less"),
         (["eval.samples=0"], "eval.samples=0 is too small", "1 or more"),
         (["eval.temperature=0"], "eval.temperature=0.0 is not positive", "above 0"),
+        (["rollout.max_batched_tokens=100"], "is less than model.max_length=512", "to 512 or more"),
+        (["rollout.carry_prompts=-1"], "rollout.carry_prompts=-1 is too small", "0 or more"),
+        (["rollout.carry_max_age=0"], "rollout.carry_max_age=0 is too small", "1 or more"),
+        (["rollout.carry_prompts=17"], "is more than algorithm.prompts_per_step=16", "to 16 or less"),
+        (["rollout.carry_prompts=2", "rollout.ahead=true"], "exclude each other", "rollout.carry_prompts to 0"),
+        (
+            ["rollout.carry_prompts=2", "algorithm.prompts_per_step=15", "algorithm.prompts_per_mini_batch=15"],
+            "does not divide over rollout.data_parallel=2 engines",
+            "multiple of 2",
+        ),
+        (
+            ["rollout.carry_prompts=2", "algorithm.name=dapo"],
+            "rollout.carry_prompts=2, but algorithm.name=dapo samples until it has enough",
+            "set rollout.carry_prompts to 0, or algorithm.name to grpo",
+        ),
+        (["rollout.ahead=true", "algorithm.name=dapo"], "rollout.ahead=true, but", "set rollout.ahead to false"),
+        (["rollout.carry_prompts=2", "algorithm.name=dpo"], "without a rollout", "rollout.carry_prompts to 0"),
+        (["rollout.ahead=true", "algorithm.name=dpo"], "without a rollout", "rollout.ahead to false"),
+        (["rollout_correction.rollout_is=token", "algorithm.name=dpo"], "without a rollout", "to none"),
+        (["rollout_correction.rollout_is=tokens"], "rollout_correction.rollout_is=tokens is unknown", "none or token"),
+        (["rollout_correction.rollout_is_threshold=0"], "rollout_is_threshold=0.0 is not positive", "above 0"),
+        (
+            ["rollout_correction.rollout_is=token", "rollout_correction.bypass_mode=true"],
+            "with rollout_correction.bypass_mode all weights are 1",
+            "set rollout_correction.rollout_is to none",
+        ),
     ],
 )
 def test_keys_that_do_not_fit_each_other(tmp_path, overrides, problem, fix):

@@ -110,6 +110,9 @@ def train_and_swap(model, folder, train, rollout):
     after_tokens, after_log_probs = greedy(worker.rollout)
     worker.swap_to_train()
     after = difference(worker, after_tokens, after_log_probs)
+    # Beside the train state, which stays in memory, the engine serves the same policy.
+    published = worker.publish()
+    again = greedy(worker.rollout)
     worker.export(str(Path(folder) / "export"))
     last = worker.config.run.steps
     worker.swap_to_rollout(last)
@@ -124,6 +127,7 @@ def train_and_swap(model, folder, train, rollout):
         "log_probs": after_log_probs,
         "held_in_rollout": held_in_rollout,
         "held_in_train": report.held_bytes,
+        "published": (again, published.held_bytes, published.released_bytes),
     }
 
 
@@ -167,6 +171,11 @@ def test_the_engine_follows_the_trainer_through_ten_updates(tmp_path, tiny_w8a8,
     assert held[0]["rollout/kv_cache"] > 0
     assert held[1]["rollout/kv_cache"] == 0
     assert held[1]["train/parameters"] > 0
+    (tokens, log_probs), both, released = ranks[0]["published"]
+    assert all(np.array_equal(a, b) for a, b in zip(tokens, new, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(log_probs, ranks[0]["log_probs"], strict=True))
+    assert min(both["train/parameters"], both["rollout/kv_cache"]) > 0
+    assert released == {}
 
     fresh_tokens, fresh_log_probs = run_ranks(fresh_engine, 2, model, tmp_path, rollout)[0]
     # An early end of sequence would quietly shrink what is compared.

@@ -7,7 +7,7 @@ import torch
 from qerl_rl.algorithms.choices import LOSSES
 from qerl_rl.algorithms.grpo import grpo_loss
 from qerl_rl.algorithms.sequences import AGGREGATIONS
-from qerl_rl.config.schema import AlgorithmConfig
+from qerl_rl.config.schema import AlgorithmConfig, RolloutCorrectionConfig
 from qerl_rl.train.samples import Samples
 from tests.train.models import dequantize_folder, make_config, make_samples, policy_gradient, share, start_engine
 
@@ -47,22 +47,29 @@ def test_scores_equal_those_of_transformers_however_packed(one_rank, checkpoints
         np.testing.assert_allclose(all_together[name], one_by_one[name], atol=1e-5)
 
 
+CORRECTIONS = {f"by {level}": RolloutCorrectionConfig(rollout_is=level) for level in ("token", "sequence")}
+"""Of the ppo loss."""
+
+
 def updates_by_micro_batch(paths: dict[str, str]) -> list[dict[tuple[str, str], dict[str, float]]]:
     """Two updates of every loss and aggregation, one after the other, in micro-batches of three sizes."""
     samples = make_samples(8)
     noise = np.random.default_rng(5)
     scores = start_engine(make_config(paths)).log_probs(samples).log_probs
     samples.columns["old_log_probs"] = [row + noise.normal(0, 0.2, len(row)).astype(np.float32) for row in scores]
+    samples.columns["rollout_log_probs"] = [row + noise.normal(0, 0.3, len(row)).astype(np.float32) for row in scores]
     samples.columns["reference_log_probs"] = scores
     found = []
     for tokens in (1, 60, 100_000):
         engine = start_engine(make_config(paths, micro_batch_tokens=tokens))
         updates = {}
         for aggregation in AGGREGATIONS:
-            for loss in LOSSES:
+            for name, correction in {**dict.fromkeys(LOSSES), **CORRECTIONS}.items():
+                loss = name if name in LOSSES else "ppo"
                 config = AlgorithmConfig(loss=loss, kl_coefficient=0.1, entropy_coefficient=0.01, dual_clip=1.3)
-                first, second = (engine.update(samples, grpo_loss(config), aggregation=aggregation) for _ in range(2))
-                updates[loss, aggregation] = {**first, "loss after": second["loss"], "norm after": second["grad_norm"]}
+                function = grpo_loss(config, correction)
+                first, second = (engine.update(samples, function, aggregation=aggregation) for _ in range(2))
+                updates[name, aggregation] = {**first, "loss after": second["loss"], "norm after": second["grad_norm"]}
         found.append(updates)
     return found
 
@@ -72,7 +79,7 @@ def by_micro_batch(one_rank, checkpoints) -> list[dict[tuple[str, str], dict[str
     return one_rank(updates_by_micro_batch, checkpoints)[0]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES, *CORRECTIONS])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_eight_micro_batches_of_one_equal_one_of_eight(by_micro_batch, loss, aggregation):
     eight, some, one = (updates[loss, aggregation] for updates in by_micro_batch)

@@ -69,7 +69,7 @@ def test_evaluation_draws_other_numbers_than_training():
     for step in range(1, 6):
         own = [key for key in keys if key.step == step]
         prompts = Jagged.from_rows([np.zeros(1, dtype=np.int32)] * len(own))
-        requests, _ = group_requests(SimpleNamespace(keys=own, columns={"prompts": prompts}), 1)
+        requests, _ = group_requests(SimpleNamespace(keys=own, columns={"prompts": prompts}), 1, RolloutConfig())
         training |= {request.seed for request in requests}
     evaluation = {seed_of(1, row) for row in range(200)}
     assert len(training) == len(evaluation) == 200

@@ -146,6 +146,8 @@ def test_a_rank_that_writes_nothing_is_named_and_the_checkpoint_never_counts(tmp
         ("data.shuffle=false", "set data.shuffle back to True"),
         ("eval.prompts=3", "set eval.every, eval.path and eval.prompts back"),
         ("run.steps=3", "set run.steps to 4 or more"),
+        ("rollout.carry_prompts=2", "set rollout.carry_prompts back to 0"),
+        ("rollout.ahead=true", "set rollout.ahead back to False"),
     ],
 )
 def test_changed_keys_that_make_another_run_are_refused_by_name(run_folder, capsys, override, fix):
@@ -153,6 +155,17 @@ def test_changed_keys_that_make_another_run_are_refused_by_name(run_folder, caps
     assert override.partition("=")[0] in message
     assert fix in message
     assert "(command line)" in message
+
+
+@pytest.mark.parametrize(
+    "key", ["algorithm.samples_per_prompt", "algorithm.prompts_per_step", "rollout.max_response_tokens"]
+)
+def test_samples_that_wait_hold_on_to_the_sizes_they_were_drawn_for(run_folder, capsys, key):
+    changed = {"algorithm.samples_per_prompt": 4, "algorithm.prompts_per_step": 32, "rollout.max_response_tokens": 15}
+    override = f"{key}={changed[key]}"
+    assert f"{key} " in resumed(run_folder, "auto", override).resume.remarks[0]
+    (run_folder / "run" / "checkpoints" / "step_00000004" / "dock").write_bytes(b"samples")
+    assert f"set {key} back to" in refusal(run_folder, capsys, "auto", override)
 
 
 def test_another_model_at_the_same_path_is_refused(run_folder, capsys):
@@ -212,7 +225,7 @@ def test_samples_that_were_left_in_the_dock_come_back(run_folder, running_ray):
     file = run_folder / "run" / "checkpoints" / "step_00000004" / "dock"
     plan = resumed(run_folder, "auto")
     trainer = GrpoTrainer(plan, None, None)
-    trainer._put_prompts(5, 0, plan.config.algorithm.prompts_per_step)
+    trainer.rollouts.put_prompts(5, 0, plan.config.algorithm.prompts_per_step)
     trainer._save_dock(file)
     trainer.dock.close()
     given = resumed(run_folder, "auto").prompts.next(16)

@@ -1,0 +1,144 @@
+"""Rollouts carried over and one step ahead: whole runs of their launch files, real engines, two workers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from qerl_rl.config.schema import Config, RolloutConfig, RolloutCorrectionConfig
+from trainer.run import off_policy_lines
+
+ROOT = Path(__file__).parents[2]
+TIMED = ("time/", "tokens_per_s/", "memory/")
+STEPS, GROUPS, SIZE, MORE = 8, 8, 4, 4
+SIZES = [
+    f"run.steps={STEPS}",
+    "checkpoint.every=4",
+    "checkpoint.keep=9",
+    "checkpoint.export=false",
+    "track.plot=false",
+    "track.console=lines",
+    "eval.every=3",
+    "eval.prompts=4",
+    f"algorithm.prompts_per_step={GROUPS}",
+    f"algorithm.samples_per_prompt={SIZE}",
+    "algorithm.prompts_per_mini_batch=4",
+    "train.learning_rate=4e-3",
+    "rollout.max_response_tokens=12",
+    "reward.function=tests.trainer.reward_functions.share_of_digits",
+]
+WAYS = {
+    # Prompts begin a few at a time, so that their samples do not end together and some are cut in the middle.
+    "partial_rollout": [f"rollout.carry_prompts={MORE}", "rollout.max_sequences=10", "rollout.max_batched_tokens=64"],
+    "one_step_off": ["noise.enabled=true", "noise.stages=2"],
+}
+
+
+def launch(way, model, folder, *arguments):
+    base = [sys.executable, "launch.py", "--config", f"configs/grpo_{way}_quickstart_cpu.yaml"]
+    done = subprocess.run(
+        [*base, f"model.path={model}", f"run.output_dir={folder}", *SIZES, *WAYS[way], *arguments],
+        cwd=ROOT, env=os.environ | {"QERL_TEST_RUN": str(folder)},
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def untimed(path):
+    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in rows(path)]
+
+
+def tensors(folder, step):
+    """What a checkpoint holds, by file and name. Without Python's and numpy's generators: Ray's threads draw too."""
+    files = sorted((folder / "checkpoints" / f"step_{step:08d}").glob("*.safetensors"))
+    found = {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: found[name] for name in found if not name.endswith(("random/numpy", "random/python"))}
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_w8a8, tmp_path_factory):
+    """`straight(way)` -> the folder of a run without a break, made once."""
+    made = {}
+
+    def run(way):
+        if way not in made:
+            folder = tmp_path_factory.mktemp(way)
+            launch(way, tiny_w8a8("qwen3_moe"), folder)
+            made[way] = folder
+        return made[way]
+
+    return run
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_resumed_run_equals_one_without_a_break_bit_for_bit(way, straight, tiny_w8a8, tmp_path):
+    """The samples that wait for step 5 are in the checkpoint of step 4."""
+    expected = straight(way)
+    middle = expected / "checkpoints" / "step_00000004"
+    assert (middle / "dock").is_file()
+    printed = launch(way, tiny_w8a8("qwen3_moe"), tmp_path, "--resume", str(middle))
+    assert "resume: after step 4" in printed
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        later = [row for row in untimed(expected / name) if row["step"] > 4]
+        assert untimed(tmp_path / name) == later
+    found, wanted = tensors(tmp_path, STEPS), tensors(expected, STEPS)
+    assert found.keys() == wanted.keys()
+    assert all(found[name].equal(tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_reward_rises(way, straight):
+    rewards = [row["reward/mean"] for row in rows(straight(way) / "metrics.jsonl")]
+    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.1
+
+
+def test_carried_samples_are_counted_once_and_grow_no_older_than_they_may(straight):
+    steps = rows(straight("partial_rollout") / "metrics.jsonl")
+    assert steps[0]["rollout/age_max"] == 0
+    assert max(step["rollout/age_max"] for step in steps) in (1, 2)
+    assert all(0 <= step["rollout/age_mean"] <= step["rollout/age_max"] for step in steps)
+    assert any(0 < step["rollout/carried"] <= MORE * SIZE for step in steps)
+    learned = [step["response/length_mean"] * GROUPS * SIZE for step in steps]
+    drawn = [step["rollout/tokens"] for step in steps]
+    # What was drawn and not learned from is left in the dock at the end: at most all that is carried, whole.
+    assert 0 <= sum(drawn) - sum(learned) <= MORE * SIZE * 12
+    assert all(step["rollout_correction/ess"] <= 1 + 1e-6 for step in steps)
+    assert steps[3]["rollout_correction/ess"] < 1
+
+
+def test_one_step_ahead_keeps_both_engines_in_memory_and_still_evaluates(straight):
+    folder = straight("one_step_off")
+    steps, ledger = rows(folder / "metrics.jsonl"), rows(folder / "swaps.jsonl")
+    assert [step["step"] for step in steps if "eval/pass@1" in step] == [3, 6]
+    assert {row["phase"] for row in ledger} == {"rollout"}
+    for row in ledger:
+        held = row["held_bytes"]
+        assert min(held["train/parameters"], held["train/gradients"], held["rollout/kv_cache"]) > 0
+        assert row["released_bytes"] == {}
+    # The first step learns from its own policy, later ones from the one before: further from what sampled.
+    assert min(step["mismatch/kl"] for step in steps[1:]) > 0
+    assert steps[4]["mismatch/kl"] > 2 * steps[0]["mismatch/kl"]
+
+
+def test_an_uncorrected_run_says_so_and_names_the_key():
+    def lines(correction, **rollout):
+        return off_policy_lines(Config(rollout=RolloutConfig(**rollout), rollout_correction=correction))
+
+    none = RolloutCorrectionConfig()
+    assert lines(none) == []
+    (carried,), (ahead,) = lines(none, carry_prompts=3), lines(none, ahead=True)
+    assert carried.startswith("rollout.carry_prompts=3")
+    assert ahead.startswith("rollout.ahead=true")
+    assert "rollout_correction.rollout_is" in carried
+    for correction in (RolloutCorrectionConfig(rollout_is="token"), RolloutCorrectionConfig(bypass_mode=True)):
+        assert lines(correction, ahead=True) == []
