@@ -283,6 +283,11 @@ class ActorHybridWorker:
                 for batch in batches
             ]
 
+    def _give(self, model: str) -> None:
+        """Put `model` into memory; without a rollout engine the policy has it for itself."""
+        if self.config.has_rollout_engine:
+            self.swap.give(model)
+
     def save_checkpoint(self, folder: str, step: int, run: dict[str, Any]) -> None:
         """Copy this rank's training state and write it below `folder` while the next step runs; `run` joins the meta.
 
@@ -290,9 +295,9 @@ class ActorHybridWorker:
         """
         beside = []
         if self._has_critic:
-            self.swap.give(CRITIC)
+            self._give(CRITIC)
             beside.append(self.critic.snapshot())
-        self.swap.give(POLICY)
+        self._give(POLICY)
         self.train.save_checkpoint(Path(folder), step, beside=beside, extra={"run": run}, background=True)
 
     def finish_checkpoint(self) -> None:
@@ -302,14 +307,14 @@ class ActorHybridWorker:
     def load_checkpoint(self, folder: str, step: int) -> None:
         """Continue from the checkpoint of `step` below `folder`; the rollout engine gets it with the next swap."""
         if self._has_critic:
-            self.swap.give(CRITIC)
+            self._give(CRITIC)
             self.critic.load_checkpoint(Path(folder), step)
-        self.swap.give(POLICY)
+        self._give(POLICY)
         self.train.load_checkpoint(Path(folder), step)
 
     def export(self, folder: str) -> None:
         """Write the merged HF model and the adapter below `folder`; collective, rank 0 writes."""
-        self.swap.give(POLICY)
+        self._give(POLICY)
         self.train.export(Path(folder))
 
     def peak_bytes(self) -> int:

@@ -160,6 +160,16 @@ def _check_rollouts(config: Config) -> Fault:
     return None
 
 
+def _check_noise(config: Config) -> Fault:
+    key, carried, bypass = "noise.log_probs", config.rollout.carry_prompts, config.rollout_correction.bypass_mode
+    if not config.noise.enabled or config.noise.log_probs == "clean" or not (carried or bypass):
+        return None
+    why = f"tokens that rollout.carry_prompts={carried} carries over have the noise of several steps"
+    if bypass:
+        why = "with rollout_correction.bypass_mode=true the trainer takes no old log-probs"
+    return key, f"{key}=noisy, but {why}.", f"set {key} to clean"
+
+
 def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -338,6 +348,7 @@ CHECKS = (
     _check_train_layout,
     _check_rollout_layout,
     _check_rollouts,
+    _check_noise,
     _check_batches,
     _check_algorithm,
     _check_critic,

@@ -163,6 +163,17 @@ def test_a_single_reward_weighs_one_and_exact_is_the_default(tmp_path):
         (["rollout.max_batched_tokens=100"], "is less than model.max_length=512", "to 512 or more"),
         (["rollout.carry_prompts=-1"], "rollout.carry_prompts=-1 is too small", "0 or more"),
         (["rollout.carry_max_age=0"], "rollout.carry_max_age=0 is too small", "1 or more"),
+        (
+            ["noise.enabled=true", "noise.log_probs=noisy", "rollout.carry_prompts=2"],
+            "rollout.carry_prompts=2 carries over have the noise of several steps",
+            "set noise.log_probs to clean",
+        ),
+        (
+            ["noise.enabled=true", "noise.log_probs=noisy", "rollout_correction.bypass_mode=true"],
+            "takes no old log-probs",
+            "set noise.log_probs to clean",
+        ),
+        (["noise.schedule=step"], "noise.schedule=step is unknown", "exponential or linear"),
         (["rollout.carry_prompts=17"], "is more than algorithm.prompts_per_step=16", "to 16 or less"),
         (["rollout.carry_prompts=2", "rollout.ahead=true"], "exclude each other", "rollout.carry_prompts to 0"),
         (
