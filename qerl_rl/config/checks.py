@@ -231,7 +231,7 @@ def _check_critic(config: Config) -> Fault:
         return key, problem, f"set {key} to gae"
     if not ppo and algorithm.advantage == "gae":
         problem = f"{key}=gae needs a critic, and algorithm.name={algorithm.name} has none."
-        return "algorithm.name", problem, f"set algorithm.name to ppo, or {key} to grpo"
+        return key, problem, f"set algorithm.name to ppo, or {key} to grpo"
     key = "algorithm.gae_lambda"
     if not 0 <= algorithm.gae_lambda <= 1:
         return key, f"{key}={algorithm.gae_lambda} is no share.", f"set {key} to 0 or more, and 1 or less"

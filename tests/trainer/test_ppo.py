@@ -117,14 +117,16 @@ def test_a_run_resumes_bit_for_bit_with_its_critic(straight, tiny_w8a8, tmp_path
 def test_a_reward_model_on_the_cards_judges_what_grpo_samples(tiny_w8a8, tiny_checkpoint, tmp_path):
     judge = classifier(tiny_checkpoint("qwen3_moe"), tmp_path / "judge")
     launch(
-        *("quickstart_cpu", tiny_w8a8("qwen3_moe"), tmp_path / "run", "run.steps=2", "noise.stages=2"),
+        *("quickstart_cpu", tiny_w8a8("qwen3_moe"), tmp_path / "run", "run.steps=1", "noise.enabled=false"),
         *("train.expert_parallel=1", "train.tensor_parallel=2", "algorithm.samples_per_prompt=2"),
         *(f"reward_model.path={judge}", "reward_model.backend=megatron", "reward_model.weight=0.01"),
     )
     steps, rows = lines(tmp_path / "run" / "metrics.jsonl"), lines(tmp_path / "run" / "swaps.jsonl")
-    assert all(math.isfinite(step["reward/model_mean"]) and step["reward/model_mean"] != 0 for step in steps)
-    assert all(step["grad_norm"] > 0 for step in steps)
+    [step] = steps
+    assert math.isfinite(step["reward/model_mean"])
+    assert step["reward/model_mean"] != 0
+    assert step["grad_norm"] > 0
     phases = [row["phase"] for row in rows if row["rank"] == 0]
-    assert phases == ["rollout", "reward_model", "train"] * 2
+    assert phases == ["rollout", "reward_model", "train"]
     for row in rows:
         assert bool(row["held_bytes"]["reward_model/parameters"]) == (row["phase"] == "reward_model")
