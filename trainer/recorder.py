@@ -64,10 +64,11 @@ class RunRecorder:
 
     def _throughput(self, record: dict[str, float]) -> dict[str, float]:
         rollout, train = self._seconds.get("rollout", 0.0), self._seconds.get("update", 0.0)
-        return {
-            "tokens_per_s/rollout": record.get("tokens_per_s/rollout", record["rollout/tokens"] / rollout),
-            "tokens_per_s/train": record["train/tokens"] / train,
-        }
+        speeds = {"tokens_per_s/train": record["train/tokens"] / train}
+        # What was sampled in the background knows its own speed: the step may not have waited for it at all.
+        if "tokens_per_s/rollout" not in record:
+            speeds["tokens_per_s/rollout"] = record["rollout/tokens"] / rollout
+        return speeds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
