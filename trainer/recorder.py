@@ -65,13 +65,12 @@ class RunRecorder:
 
     def _throughput(self, record: dict[str, float]) -> dict[str, float]:
         phases = {"rollout": "rollout", "train": "update"}
-        found = {
+        # What was sampled in the background knows its own speed: the step may not have waited for it at all.
+        return {
             f"tokens_per_s/{name}": record[f"{name}/tokens"] / self._seconds[phase]
             for name, phase in phases.items()
-            if f"{name}/tokens" in record
+            if f"{name}/tokens" in record and f"tokens_per_s/{name}" not in record
         }
-        # Where the engines sample in the background, what they measured themselves.
-        return {name: record.get(name, value) for name, value in found.items()}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
