@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qerl_rl.metrics.summary import format_duration, seconds_by_phase, summary_table
+from qerl_rl.metrics.summary import evaluations, format_duration, seconds_by_phase, summary_table
 
 _LINE_EVERY_S = 5.0
 _RECENT_STEPS = 5
@@ -213,14 +213,21 @@ class RunDisplay:
 
 def _figures(metrics: Mapping[str, Any]) -> list[str]:
     """What came of a step, the most telling figure first: of its rewards, or of its pairs where it had none."""
+    evaluated = [f"{name} {_number(metrics, f'eval/{name}', '.3f')}" for name in evaluations(metrics)]
     if "preference/margin" in metrics:
         names = ("margin", "accuracy", "loss")
-        return [f"{name} {_number(metrics, f'preference/{name}', '.3f')}" for name in names]
-    return [
-        f"reward {_number(metrics, 'reward/mean', '.3f')} ± {_number(metrics, 'reward/std', '.3f')}",
+        return [f"{name} {_number(metrics, f'preference/{name}', '.3f')}" for name in names] + evaluated
+    rewards = f"reward {_number(metrics, 'reward/mean', '.3f')} ± {_number(metrics, 'reward/std', '.3f')}"
+    if "sampling/reward_mean" in metrics:
+        rewards += f" (of all sampled {_number(metrics, 'sampling/reward_mean', '.3f')})"
+    figures = [
+        rewards,
         f"entropy {_number(metrics, 'entropy', '.3f')}",
         f"kl {_number(metrics, 'kl/reference', '.4f')}",
     ]
+    if "critic/explained_variance" in metrics:
+        figures.append(f"critic explains {_number(metrics, 'critic/explained_variance', '.2f')}")
+    return figures + evaluated
 
 
 def _number(metrics: Mapping[str, Any], name: str, form: str) -> str:

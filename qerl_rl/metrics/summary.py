@@ -40,6 +40,11 @@ def seconds_by_phase(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return seconds
 
 
+def evaluations(metrics: Mapping[str, Any]) -> list[str]:
+    """What an evaluation measured of the answers, by the names behind eval/: pass@1, avg@n, maj@n, ..."""
+    return [name.removeprefix("eval/") for name in metrics if name.startswith("eval/") and "@" in name]
+
+
 def summary_table(
     history: Sequence[Mapping[str, Any]],
     paths: Mapping[str, str | Path],
@@ -60,12 +65,16 @@ def summary_table(
     table.add_row(
         "steps", f"{len(history)} of {steps} in {format_duration(elapsed_s)}, {samples_per_step} samples each"
     )
+    held_out = sorted({name for metrics in history for name in evaluations(metrics)})
     for label, name, digits in (
         ("reward", "reward/mean", 3),
+        ("of all sampled", "sampling/reward_mean", 3),
         ("margin of pairs", "preference/margin", 3),
         ("accuracy of pairs", "preference/accuracy", 3),
+        *((f"held-out {name}", f"eval/{name}", 3) for name in held_out),
         ("entropy", "entropy", 3),
         ("KL to reference", "kl/reference", 4),
+        ("critic explains", "critic/explained_variance", 3),
     ):
         change = _first_and_last(history, name, digits)
         if change:

@@ -58,6 +58,17 @@ def test_a_step_from_pairs_shows_what_it_has():
     assert stream.getvalue() == "step  3/20  margin 0.300  accuracy 0.575  loss 0.640  5.0 s (update 4.0)  ETA 1:25\n"
 
 
+def test_a_step_shows_what_its_algorithm_adds():
+    shown, stream, _ = display()
+    more = {"sampling/reward_mean": 0.1, "critic/explained_variance": 0.25, "eval/avg@8": 0.5, "eval/reward_mean": 0.4}
+    shown.finish_step(3, {**step_metrics(3), **more})
+    shown.finish_step(4, {**pair_metrics(4), "eval/pass@1": 0.75})
+    first, second = stream.getvalue().splitlines()
+    assert "reward 0.150 ± 0.500 (of all sampled 0.100)  entropy" in first
+    assert "kl 0.0030  critic explains 0.25  avg@8 0.500  10.0 s" in first
+    assert "loss 0.620  pass@1 0.750  5.0 s" in second
+
+
 def test_missing_and_null_metrics_are_dashes():
     shown, stream, clock = display(steps=2)
     clock.now += 4
@@ -165,6 +176,13 @@ def test_summary_of_pairs_has_rows_of_its_own():
     assert cell(text, "accuracy of pairs") == "first 0.575, last 0.950 (+0.375; mean of 5 steps)"
     assert "reward" not in text
     assert "rollout" not in text
+
+
+def test_summary_compares_evaluations_of_the_steps_that_had_one():
+    history = [step_metrics(step) | ({"eval/pass@1": step / 20} if step % 5 == 0 else {}) for step in range(1, 21)]
+    text = summary_text(history, {})
+    assert cell(text, "held-out pass@1") == "first 0.375, last 0.875 (+0.500; mean of 2 steps)"
+    assert "critic" not in text
 
 
 def test_summary_windows_never_overlap():
