@@ -256,7 +256,9 @@ class ActorHybridWorker:
 
         algorithm = dataclasses.replace(self.config.algorithm, kl_coefficient=kl_coefficient)
         loss_function = grpo_loss(algorithm, self.config.rollout_correction)
-        columns = ("rollout_log_probs", "old_log_probs", "reference_log_probs", "advantages")
+        columns = ["old_log_probs", "reference_log_probs", "advantages"]
+        if self.config.rollout_correction.rollout_is != "none":
+            columns.append("rollout_log_probs")
         return self._updates(batches, step, columns, loss_function, self.config.algorithm.loss_aggregation)
 
     def update_pairs(self, batches: Sequence[Batch], step: int) -> list[dict[str, float]]:

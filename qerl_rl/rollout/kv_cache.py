@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import torch
 
 
 class KvCacheMemory:
-    """The storages behind a model runner's KV caches.
+    """The storages behind a model runner's KV caches, in memory of the host.
 
-    They are resized in place: the layers keep their tensors, so nothing has to be bound again (vLLM's own way,
-    initialize_kv_cache_tensors, leaks when it is run a second time, and its sleep mode does nothing on CPU).
+    Their pages go back to the system while the addresses stay: the layers keep their tensors, nothing has to be bound
+    again (vLLM's own way, initialize_kv_cache_tensors, leaks when it is run a second time, and its sleep mode does
+    nothing on CPU). A page comes back as zeros when it is first touched, so a cache of any size is restored at once.
     """
 
     def __init__(self, kv_caches: list[torch.Tensor]) -> None:
         storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in kv_caches}
-        self._storages = [(storage, storage.nbytes()) for storage in storages.values()]
+        self._storages, self._is_away = list(storages.values()), False
 
     def release(self) -> int:
-        """Free the memory; returns the bytes freed."""
+        """Free the memory; returns the bytes freed. The prefix cache must have been reset."""
         freed = self.nbytes
-        for storage, _ in self._storages:
-            storage.resize_(0)
+        if freed:
+            for storage in self._storages:
+                _drop_pages(storage.data_ptr(), storage.nbytes())
+        self._is_away = True
         return freed
 
     def restore(self) -> None:
-        """Allocate what was freed; the contents are undefined, so the prefix cache must have been reset."""
-        for storage, size in self._storages:
-            if storage.nbytes() != size:
-                storage.resize_(size)
+        """Take the memory again, filled with zeros.
+
+        What is in slots that no token has written must be finite: attention multiplies it by a probability of 0.
+        """
+        self._is_away = False
 
     @property
     def nbytes(self) -> int:
-        return sum(storage.nbytes() for storage, _ in self._storages)
+        return 0 if self._is_away else sum(storage.nbytes() for storage in self._storages)
+
+
+def _drop_pages(address: int, count: int) -> None:
+    """Make `count` bytes from `address` on zeros that take no memory; those on shared first and last pages are written.
+
+    Raises: OSError when the system refuses.
+    """
+    begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = max(begin, (address + count) // mmap.PAGESIZE * mmap.PAGESIZE)
+    ctypes.memset(address, 0, min(begin - address, count))
+    ctypes.memset(end, 0, max(address + count - end, 0))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED):
+        raise OSError(ctypes.get_errno(), "the system does not take the pages of the KV cache back")
