@@ -1,26 +1,20 @@
 """Whole runs of DPO through launch.py: real Ray, real Megatron, two workers, vLLM where there is an evaluation."""
 
 import dataclasses
-import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from qerl_rl.config.loader import load_config
 from qerl_rl.config.schema import Config
 from tests.ranks import free_port, run_ranks
-from transfer_dock.arena import SHARED_MEMORY, sweep
+from tests.trainer.runs import ROOT, launch, rows, tensors, untimed
 from workers import ActorHybridWorker
 
-ROOT = Path(__file__).parents[2]
-CONFIG = "configs/dpo_quickstart_cpu.yaml"
+FILES = {"adapters.safetensors", "rank_00000.safetensors", "rank_00001.safetensors"}
+CONFIG = "dpo_quickstart_cpu.yaml"
 PREFERENCE = {f"preference/{name}" for name in ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")}
-TIMED = ("time/", "tokens_per_s/", "memory/")
 SIZES = [
     "run.steps=4",
     "data.train_path=tests.trainer.preferences.more_sevens",
@@ -29,36 +23,17 @@ SIZES = [
     "data.rejected_field=bad",
     "algorithm.prompts_per_step=32",
     "algorithm.prompts_per_mini_batch=16",
-    "checkpoint.export=false",
-    "track.console=lines",
 ]
 WITHOUT_EVALUATION = ["eval.every=0", "checkpoint.every=2"]
 # Measured with seeds 1, 2 and 3: the margin gains 9.4, 9.3 and 10.1, the accuracy 0.53, 0.50 and 0.50.
 MARGIN_GAIN, ACCURACY_GAIN = 5.0, 0.3
 
 
-def launch(model, folder, *arguments):
-    """The console of a run that ends well and leaves nothing in shared memory."""
-    command = [sys.executable, "launch.py", "--config", CONFIG, f"model.path={model}", f"run.output_dir={folder}"]
-    done = subprocess.run(
-        [*command, *SIZES, *arguments],
-        cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert sweep(SHARED_MEMORY) == [], "the dock's memory"
-    return done.stdout
-
-
-def rows(path):
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in found]
-
-
 @pytest.fixture(scope="module")
 def straight(tiny_w8a8, tmp_path_factory):
     """Folder and console of four steps without evaluation."""
     folder = tmp_path_factory.mktemp("straight")
-    return folder, launch(tiny_w8a8("qwen3_moe"), folder, *WITHOUT_EVALUATION)
+    return folder, launch(CONFIG, tiny_w8a8("qwen3_moe"), folder, *SIZES, *WITHOUT_EVALUATION)
 
 
 def test_the_policy_learns_to_prefer_the_chosen_responses(straight):
@@ -96,31 +71,27 @@ def test_a_run_without_a_rollout_leaves_what_it_has(straight):
 def test_a_run_resumes_bit_for_bit(straight, tiny_w8a8, tmp_path):
     folder, _ = straight
     source = folder / "checkpoints" / "step_00000002"
-    printed = launch(tiny_w8a8("qwen3_moe"), tmp_path, "--resume", str(source), *WITHOUT_EVALUATION)
+    printed = launch(CONFIG, tiny_w8a8("qwen3_moe"), tmp_path, "--resume", str(source), *SIZES, *WITHOUT_EVALUATION)
     assert "resume: after step 2" in printed
     for name in ("metrics.jsonl", "samples.jsonl"):
-        assert rows(tmp_path / name) == [row for row in rows(folder / name) if row["step"] > 2]
-    files = sorted(path.name for path in source.glob("*.safetensors"))
-    assert files == ["adapters.safetensors", "rank_00000.safetensors", "rank_00001.safetensors"]
-    for name in files:
-        found, expected = (load_file(run / "checkpoints" / "step_00000004" / name) for run in (tmp_path, folder))
-        assert found.keys() == expected.keys()
-        # Without Python's and numpy's generators: Ray's threads draw too.
-        ours = [key for key in expected if not key.endswith(("random/numpy", "random/python"))]
-        assert all(found[key].equal(expected[key]) for key in ours)
+        assert untimed(tmp_path / name) == [row for row in untimed(folder / name) if row["step"] > 2]
+    found, expected = tensors(tmp_path, 4), tensors(folder, 4)
+    assert {name.partition("/")[0] for name in found} == FILES
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
 
 
 def test_another_loss_and_layout_with_an_evaluation_between_updates(tiny_w8a8, tmp_path):
     tensor = ["train.expert_parallel=1", "train.tensor_parallel=2", "rollout.tensor_parallel=2"]
     evaluation = ["eval.every=2", "eval.prompts=6", "eval.samples=2"]
     own = ["run.steps=3", "dpo.loss=ipo", *tensor, "rollout.data_parallel=1", *evaluation]
-    launch(tiny_w8a8("qwen3_moe"), tmp_path, *own)
+    launch(CONFIG, tiny_w8a8("qwen3_moe"), tmp_path, *SIZES, *own)
     steps = rows(tmp_path / "metrics.jsonl")
     assert ["eval/reward_mean" in step for step in steps] == [False, True, False]
     assert {"eval/avg@2", "eval/maj@2", "eval/pass@1", "eval/pass@2", "eval/failures"} <= set(steps[1])
     # IPO draws the margin to 0.5, past which the first updates may shoot, so its loss is what has to fall.
     assert steps[2]["preference/loss"] < steps[0]["preference/loss"]
-    swaps = [json.loads(line) for line in (tmp_path / "swaps.jsonl").read_text().splitlines()]
+    swaps = rows(tmp_path / "swaps.jsonl")
     assert [(swap["step"], swap["phase"]) for swap in swaps] == [(2, "rollout")] * 2 + [(2, "train")] * 2
     # Trained adapters reach the engine, and the trainer's state comes back.
     assert swaps[0]["moved_bytes"] > 0
@@ -139,5 +110,5 @@ def test_workers_load_no_rollout_engine_where_nothing_is_rolled_out(tiny_w8a8, t
         f"model.path={tiny_w8a8('qwen3_moe')}", f"run.output_dir={tmp_path}", "eval.every=0", "cluster.workers=1",
         "train.expert_parallel=1",
     ]  # fmt: skip
-    config: Config = load_config(ROOT / CONFIG, overrides).config
+    config: Config = load_config(ROOT / "configs" / CONFIG, overrides).config
     assert run_ranks(modules_after_start, 1, dataclasses.asdict(config)) == [["megatron.core"]]

@@ -1,20 +1,18 @@
 """A killed run goes on as if nothing had happened: whole runs through launch.py, real engines, two workers."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+from tests.trainer.runs import ROOT, tensors, untimed
+
 FILES = {"adapters.safetensors", "rank_00000.safetensors", "rank_00001.safetensors"}
-TIMED = ("time/", "tokens_per_s/", "memory/")
 
 
 def command(model, folder, *arguments):
@@ -87,18 +85,6 @@ def launch_and_kill(model, folder, step):
         psutil.wait_procs(doomed, timeout=20)
 
 
-def rows(path):
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in found]
-
-
-def tensors(folder, step):
-    """What a checkpoint holds, by file and name. Without Python's and numpy's generators: Ray's threads draw too."""
-    files = sorted((folder / "checkpoints" / f"step_{step:08d}").glob("*.safetensors"))
-    found = {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
-    return {name: found[name] for name in found if not name.endswith(("random/numpy", "random/python"))}
-
-
 @pytest.fixture(scope="module")
 def straight(tiny_w8a8, tmp_path_factory):
     """Four steps without a break."""
@@ -110,7 +96,7 @@ def straight(tiny_w8a8, tmp_path_factory):
 def test_a_killed_run_resumes_bit_for_bit(straight, tiny_w8a8, tmp_path):
     model = tiny_w8a8("qwen3_moe")
     launch_and_kill(model, tmp_path, step=2)
-    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")][:3] == [1, 2, 3]
+    assert [row["step"] for row in untimed(tmp_path / "metrics.jsonl")][:3] == [1, 2, 3]
     # What a kill in the middle of writing the next checkpoint leaves.
     torn = tmp_path / "checkpoints" / "step_00000004"
     torn.mkdir(exist_ok=True)
@@ -122,10 +108,12 @@ def test_a_killed_run_resumes_bit_for_bit(straight, tiny_w8a8, tmp_path):
     assert "resume: after step 2" in printed
     assert "step 3/4" in printed
     assert "step 1/4" not in printed
-    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in untimed(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     for name in ("metrics.jsonl", "samples.jsonl"):
-        assert rows(tmp_path / name) == rows(straight / name)
-    assert [row["step"] for row in rows(tmp_path / "swaps.jsonl")] == [step for step in (1, 2, 3, 4) for _ in range(4)]
+        assert untimed(tmp_path / name) == untimed(straight / name)
+    assert [row["step"] for row in untimed(tmp_path / "swaps.jsonl")] == [
+        step for step in (1, 2, 3, 4) for _ in range(4)
+    ]
     for step in (2, 4):
         found, expected = tensors(tmp_path, step), tensors(straight, step)
         assert found.keys() == expected.keys()
@@ -149,9 +137,9 @@ def test_another_train_layout_takes_the_weights_along_and_says_what_differs(stra
     assert all(before[name].equal(after[name]) for name in before)
     assert any(before[name].any() for name in before if name.endswith("lora_B"))
     # The rollout engine got those very weights, and the prompts that came next.
-    samples = rows(tmp_path / "samples.jsonl")
+    samples = untimed(tmp_path / "samples.jsonl")
     assert {row["step"] for row in samples} == {3, 4}
     third, expected = (
-        [row for row in found if row["step"] == 3] for found in (samples, rows(straight / "samples.jsonl"))
+        [row for row in found if row["step"] == 3] for found in (samples, untimed(straight / "samples.jsonl"))
     )
     assert third == expected

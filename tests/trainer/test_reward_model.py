@@ -1,26 +1,18 @@
 """A whole run through launch.py whose rewards come from a model beside a function."""
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from qerl_rl.config.schema import DataConfig, RewardModelConfig
 from qerl_rl.rewards.model import RewardModel
 from tests.rewards.tiny_models import save
-from transfer_dock.arena import SHARED_MEMORY, sweep
-
-ROOT = Path(__file__).parents[2]
+from tests.trainer.runs import ROOT, launch, rows
 
 
 def test_a_run_earns_what_the_reward_model_says(tiny_w8a8, tmp_path):
     model = save(tmp_path / "reward_model", "decoder")
     settings = [
-        f"model.path={tiny_w8a8('qwen3_moe')}",
-        f"run.output_dir={tmp_path / 'run'}",
         # Relative, while the workers' folder may be another.
         f"reward_model.path={os.path.relpath(model, ROOT)}",
         "reward_model.weight=-2",
@@ -34,14 +26,9 @@ def test_a_run_earns_what_the_reward_model_says(tiny_w8a8, tmp_path):
         "noise.stages=2",
         "eval.every=2",
         "eval.prompts=3",
-        "checkpoint.export=false",
     ]
-    done = subprocess.run(
-        [sys.executable, "launch.py", "--config", "configs/quickstart_cpu.yaml", *settings],
-        cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    launch("quickstart_cpu.yaml", tiny_w8a8("qwen3_moe"), tmp_path, *settings)
+    steps = rows(tmp_path / "metrics.jsonl")
     for step in steps:
         assert step["reward/mean"] == pytest.approx(-2 * step["reward/model_mean"], abs=1e-5)
         assert step["reward/std"] > 0
@@ -49,9 +36,8 @@ def test_a_run_earns_what_the_reward_model_says(tiny_w8a8, tmp_path):
         assert 0 < step["reward/tests.trainer.reward_functions.share_of_digits"] < 1
     # The function of weight 0 still judges evaluations.
     assert 0 <= steps[1]["eval/pass@1"] <= 1
-    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    samples = rows(tmp_path / "samples.jsonl")
     assert len(samples) == 32
     texts = [(sample["prompt"], sample["response"], "") for sample in samples]
     scores, _ = RewardModel(RewardModelConfig(path=str(model)), DataConfig()).score(texts)
     assert [sample["reward"] for sample in samples] == pytest.approx((-2 * scores).tolist(), abs=1e-5)
-    assert sweep(SHARED_MEMORY) == []

@@ -1,28 +1,18 @@
 """Rollouts carried over and one step ahead: whole runs of their launch files, real engines, two workers."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 from qerl_rl.config.schema import Config, RolloutConfig, RolloutCorrectionConfig
+from tests.trainer.runs import launch, rows, tensors, untimed
 from trainer.run import off_policy_lines
 
-ROOT = Path(__file__).parents[2]
-TIMED = ("time/", "tokens_per_s/", "memory/")
 STEPS, GROUPS, SIZE, MORE = 8, 8, 4, 4
 SIZES = [
     f"run.steps={STEPS}",
     "checkpoint.every=4",
     "checkpoint.keep=9",
-    "checkpoint.export=false",
     "track.plot=false",
-    "track.console=lines",
     "eval.every=3",
     "eval.prompts=4",
     f"algorithm.prompts_per_step={GROUPS}",
@@ -39,30 +29,8 @@ WAYS = {
 }
 
 
-def launch(way, model, folder, *arguments):
-    base = [sys.executable, "launch.py", "--config", f"configs/grpo_{way}_quickstart_cpu.yaml"]
-    done = subprocess.run(
-        [*base, f"model.path={model}", f"run.output_dir={folder}", *SIZES, *WAYS[way], *arguments],
-        cwd=ROOT, env=os.environ | {"QERL_TEST_RUN": str(folder)},
-        capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def untimed(path):
-    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in rows(path)]
-
-
-def tensors(folder, step):
-    """What a checkpoint holds, by file and name. Without Python's and numpy's generators: Ray's threads draw too."""
-    files = sorted((folder / "checkpoints" / f"step_{step:08d}").glob("*.safetensors"))
-    found = {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
-    return {name: found[name] for name in found if not name.endswith(("random/numpy", "random/python"))}
+def run(way, model, folder, *arguments):
+    return launch(f"grpo_{way}_quickstart_cpu.yaml", model, folder, *SIZES, *WAYS[way], *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +38,14 @@ def straight(tiny_w8a8, tmp_path_factory):
     """`straight(way)` -> the folder of a run without a break, made once."""
     made = {}
 
-    def run(way):
+    def make(way):
         if way not in made:
             folder = tmp_path_factory.mktemp(way)
-            launch(way, tiny_w8a8("qwen3_moe"), folder)
+            run(way, tiny_w8a8("qwen3_moe"), folder)
             made[way] = folder
         return made[way]
 
-    return run
+    return make
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -86,7 +54,7 @@ def test_a_resumed_run_equals_one_without_a_break_bit_for_bit(way, straight, tin
     expected = straight(way)
     middle = expected / "checkpoints" / "step_00000004"
     assert (middle / "dock").is_file()
-    printed = launch(way, tiny_w8a8("qwen3_moe"), tmp_path, "--resume", str(middle))
+    printed = run(way, tiny_w8a8("qwen3_moe"), tmp_path, "--resume", str(middle))
     assert "resume: after step 4" in printed
     for name in ("metrics.jsonl", "samples.jsonl"):
         later = [row for row in untimed(expected / name) if row["step"] > 4]
