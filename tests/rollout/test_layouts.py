@@ -32,6 +32,7 @@ Shares = list[list[int]]
 
 
 def _scene(folder: Path, layout: dict[str, Any], calls: list[Shares], greedy_share: Shares) -> dict[str, Any]:
+    before = set(os.listdir("/dev/shm"))
     engine = make_engine(folder, **layout)
     engine.set_adapters(random_adapters(folder, seed=1))
     rank = int(os.environ["RANK"])
@@ -40,7 +41,10 @@ def _scene(folder: Path, layout: dict[str, Any], calls: list[Shares], greedy_sha
     engine.set_noise(Noise(0.05, seed=3, step=1))
     seen["noise"] = generate(engine, greedy_share[rank], greedy=True)
     seen["held"] = engine.held_bytes()
-    seen["shared memory"] = [name for name in os.listdir("/dev/shm") if "cpushm" in name]
+    # Of the communicators and of the message queue; the semaphores beside them are of Python's own process pools.
+    seen["shared memory"] = [
+        name for name in {*os.listdir("/dev/shm")} - before if "cpushm" in name or name.startswith("psm_")
+    ]
     return seen
 
 
