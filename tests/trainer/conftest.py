@@ -21,7 +21,7 @@ def quickstart_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trained(quickstart_model: Path, tmp_path: Path) -> Callable[..., list[dict[str, float]]]:
-    """`trained("quickstart_cpu.yaml", "run.steps=4", ...)` -> the metrics of each step of that run."""
+    """`trained("dapo_quickstart_cpu.yaml", "run.steps=4", ...)` -> the metrics of each step of that run."""
 
     def run(config: str, *overrides: str) -> list[dict[str, float]]:
         launch(config, quickstart_model, tmp_path, *overrides)

@@ -65,7 +65,8 @@ def test_a_resumed_run_equals_one_without_a_break_bit_for_bit(way, straight, tin
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_reward_rises(way, straight):
+def test_grpo_earns_more(way, straight):
+    # Measured with seeds 1, 2, 3: carried over 0.47, 0.45, 0.13; one step ahead 0.41, 0.22, 0.28.
     # Measured gains of the seeds 1, 2, 3: carried over 0.47, 0.45, 0.13; one step ahead 0.41, 0.22, 0.28.
     rewards = [row["reward/mean"] for row in rows(straight(way) / "metrics.jsonl")]
     assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.1
