@@ -14,6 +14,7 @@ from trainer.evaluation import evaluate
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder
 from trainer.resume import DOCK, run_state
+from trainer.shares import even_rows
 from transfer_dock import Batch
 from workers import WorkerGroup
 
@@ -92,6 +93,14 @@ class Trainer(ABC):
     def lease(self, stage: str, step: int) -> Batch:
         """All samples that `stage` learns from in this step; waits for the last of them."""
         return self.dock.get(stage, self.config.samples_per_step, whole_groups=True, step=step)
+
+    def run_stage(self, stage: str, step: int, *arguments: Any) -> list[Any]:
+        """Have the workers' method `stage` look at all samples of the stage of that name, each at its share of them."""
+        batch = self.lease(stage, step)
+        shares = batch.split(even_rows(len(batch.keys), self.config.train_data_parallel))
+        results = self.on_train_ranks(stage, shares, lambda share: (self.dock, share, *arguments))
+        self.dock.ack(batch)
+        return results
 
     # ---- checkpoints
 

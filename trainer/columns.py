@@ -50,7 +50,7 @@ GRPO = {
 DAPO = GRPO | {"selection": ("rewards",), "log_probs": (*GRPO["log_probs"], "selected")}
 """Those of DAPO: what comes after the selection sees the selected samples only, the others lack columns."""
 
-DPO = {"reference": ("prompts", "responses"), "update": ("prompts", "responses", "reference_log_probs")}
+DPO = {"reference_log_probs": ("prompts", "responses"), "update": ("prompts", "responses", "reference_log_probs")}
 """Those of DPO: a group is a pair, its sample 0 the chosen response and its sample 1 the rejected one."""
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from qerl_rl.data.pairs import Pair
 from trainer.base import Trainer
 from trainer.columns import DPO
-from trainer.shares import even_rows, mini_batch_rows, update_shares
+from trainer.shares import mini_batch_rows, update_shares
 from trainer.stages import mean_metrics, trained_tokens
 from transfer_dock import Jagged, SampleKey
 
@@ -53,10 +53,7 @@ class DpoTrainer(Trainer):
     def reference_log_probs(self, step: int) -> None:
         """Of all responses of the step, by the model without adapters."""
         with self.recorder.phase("log_probs"):
-            batch = self.lease("reference", step)
-            shares = batch.split(even_rows(len(batch.keys), self.config.train_data_parallel))
-            self.on_train_ranks("reference_log_probs", shares, lambda share: (self.dock, share))
-            self.dock.ack(batch)
+            self.run_stage("reference_log_probs", step)
 
     def update(self, step: int) -> dict[str, float]:
         """One optimizer update a mini-batch of whole pairs, algorithm.epochs_per_step times over all of them."""

@@ -9,7 +9,7 @@ from qerl_rl.algorithms.ppo import explained_variance, ppo_advantages
 from qerl_rl.reshard.ledger import CRITIC
 from trainer.columns import PPO
 from trainer.outcome import flat_column
-from trainer.shares import even_rows, update_shares
+from trainer.shares import update_shares
 from trainer.stages import PolicyTrainer, mean_metrics, trained_tokens
 from transfer_dock import Batch
 
@@ -45,10 +45,7 @@ class PpoTrainer(PolicyTrainer):
     def values(self, step: int) -> None:
         """What the critic expects, before each response token."""
         with self.recorder.phase("values"):
-            batch = self.lease("values", step)
-            shares = batch.split(even_rows(len(batch.keys), self.config.train_data_parallel))
-            self.on_train_ranks("values", shares, lambda share: (self.dock, share))
-            self.dock.ack(batch)
+            self.run_stage("values", step)
 
     def judge(self, outcome: Outcome, batch: Batch) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         algorithm = self.config.algorithm

@@ -19,7 +19,7 @@ from trainer.outcome import step_outcome
 from trainer.preflight import Plan
 from trainer.recorder import RunRecorder
 from trainer.rollouts import Rollouts, rollouts_type
-from trainer.shares import even_rows, kept_rows, mini_batch_rows, update_shares
+from trainer.shares import kept_rows, mini_batch_rows, update_shares
 from transfer_dock import Batch, Jagged
 from workers import WorkerGroup
 
@@ -55,20 +55,14 @@ class PolicyTrainer(Trainer):
     def model_scores(self, step: int) -> None:
         """What the reward model on the cards thinks of the samples."""
         with self.recorder.phase("reward"):
-            batch = self.lease("model_scores", step)
-            shares = batch.split(even_rows(len(batch.keys), self.config.train_data_parallel))
-            self.on_train_ranks("model_scores", shares, lambda share: (self.dock, share))
-            self.dock.ack(batch)
+            self.run_stage("model_scores", step)
 
     # ---- learning
 
     def log_probs(self, step: int) -> dict[str, float]:
         """Old and reference log-probs of what the step learns from."""
         with self.recorder.phase("log_probs"):
-            batch = self.lease("log_probs", step)
-            shares = batch.split(even_rows(len(batch.keys), self.config.train_data_parallel))
-            results = self.on_train_ranks("log_probs", shares, lambda share: (self.dock, share, step))
-            self.dock.ack(batch)
+            results = self.run_stage("log_probs", step, step)
             return with_effective_share(token_weighted([result for result in results if result]))
 
     def advantages(self, step: int) -> dict[str, float]:
