@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from qerl_rl.config.bounds import AT_LEAST, CHOICES, POSITIVE
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import Config
 
@@ -14,49 +15,6 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "mse")
 Locate = Callable[[str], str]
 Fault = tuple[str, str, str] | None
 """The key at fault, the problem, the fix."""
-
-CHOICES = {
-    "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
-    "train.device": ("auto", "cpu", "cuda", "npu"),
-    "train.dtype": ("float32", "bfloat16"),
-    "train.token_dispatcher": ("alltoall", "allgather"),
-    "train.recompute": ("none", "full", "selective"),
-    "rollout.dtype": ("float32", "bfloat16"),
-    "quant.format": ("w8a8", "none"),
-    "noise.schedule": ("exponential", "linear", "cosine", "logarithmic", "constant"),
-    "noise.log_probs": ("clean", "noisy"),
-    "algorithm.name": ("grpo", "dapo", "ppo", "dpo"),
-    "dpo.loss": ("dpo", "ipo", "cdpo"),
-    "algorithm.loss_aggregation": ("token_mean", "sequence_mean", "sequence_sum_constant"),
-    "algorithm.kl_in": ("loss", "reward"),
-    "reward_model.backend": ("hf", "megatron"),
-    "rollout_correction.rollout_is": ("none", "token", "sequence"),
-    "track.console": ("auto", "lines", "quiet"),
-}
-
-AT_LEAST = {
-    1: """algorithm.kl_horizon algorithm.sampling_rounds
-    run.steps cluster.workers cluster.threads_per_worker model.max_length train.tensor_parallel
-    train.pipeline_parallel train.expert_parallel train.expert_tensor_parallel train.micro_batch_tokens
-    rollout.tensor_parallel rollout.data_parallel rollout.max_sequences rollout.max_batched_tokens
-    rollout.kv_cache_bytes rollout.carry_max_age
-    eval.samples reward.length_characters
-    rollout.max_prompt_tokens rollout.max_response_tokens lora.rank algorithm.prompts_per_step
-    algorithm.prompts_per_mini_batch algorithm.epochs_per_step reward.workers dock.capacity_bytes checkpoint.keep
-    eval.prompts track.samples_per_step algorithm.samples_per_prompt""",
-    2: "noise.stages",
-    0: """dpo.flip_probability critic.learning_rate critic.warmup_steps critic.head_start_steps reward_model.max_length
-    reward.memory_bytes data.max_prompt_tokens
-    cluster.cpus_per_worker train.learning_rate train.warmup_steps train.weight_decay train.max_grad_norm
-    rollout.top_k noise.sigma_start noise.sigma_end algorithm.clip_low algorithm.clip_high algorithm.kl_coefficient
-    algorithm.entropy_coefficient algorithm.loss_constant_tokens algorithm.kl_target algorithm.overlong_buffer_tokens
-    algorithm.overlong_penalty rollout.carry_prompts algorithm.discount data.limit checkpoint.every eval.every
-    profiler.step""",
-}
-
-POSITIVE = """eval.temperature critic.value_clip dpo.beta
-lora.alpha rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
-fault.rollout_timeout_s fault.train_timeout_s train.adam_eps rollout_correction.rollout_is_threshold"""
 
 
 def check_config(config: Config, locate: Locate) -> None:

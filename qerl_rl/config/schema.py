@@ -131,7 +131,7 @@ class QuantConfig:
     """How the base weights are stored; the checkpoint must agree."""
 
     format: str = "w8a8"
-    """w8a8 (int8 per channel, dynamic int8 activations per token) or none."""
+    """w8a8, w4a16, w4a8, nvfp4, mxfp4, mxfp8 or none; docs/quantization.md says what each stores, and what runs it."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,22 @@ class LoraConfig:
     alpha: float = 32.0
     attention: bool = True
     experts: bool = True
+    shared_experts: bool = True
+    """Of families that have them."""
+    in_rollout: str = "auto"
+    """How the engine applies them: adapter (beside its weights), merge (into its weights, quantized again), or auto
+    (adapter wherever its kernels let one act inside an expert)."""
+    merge_rounding: str = "stochastic"
+    """How a merged weight is rounded to its format: stochastic (right on average, however small the change) or nearest
+    (loses what is below half a step of the grid)."""
+
+
+@dataclass(frozen=True)
+class RouterReplayConfig:
+    """Which experts the trainer's routers choose for the tokens of a rollout (names as in verl)."""
+
+    mode: str = "disabled"
+    """disabled (its own choice) or R3 (those that the engine chose; their weights stay the trainer's)."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +285,7 @@ class Config:
     quant: QuantConfig = field(default_factory=QuantConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    router_replay: RouterReplayConfig = field(default_factory=RouterReplayConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
