@@ -168,7 +168,8 @@ def _block_spec(
         ),
     )
     experts_format = WeightFormat(quantized, lora if lora and lora.experts else None)
-    shared_column, shared_row = _linear_specs(WeightFormat(quantized, None))
+    shared_format = WeightFormat(quantized, lora if lora and lora.shared_experts else None)
+    shared_column, shared_row = _linear_specs(shared_format)
     shared_submodules = MLPSubmodules(linear_fc1=shared_column, linear_fc2=shared_row)
     experts = MoESubmodules(
         experts=ModuleSpec(module=StackedExperts, params={"weights": experts_format}),

@@ -219,6 +219,8 @@ def adapter_slots(architecture: MoeArchitecture, lora: LoraConfig) -> list[Slot]
             slots += _attention_adapters(architecture, layer, lora.rank)
         if lora.experts:
             slots += _expert_adapters(architecture, layer, lora.rank)
+        if lora.shared_experts and architecture.shared_expert_width:
+            slots += _shared_expert_adapters(architecture, layer, lora.rank)
     return slots
 
 
@@ -240,6 +242,19 @@ def _attention_adapters(architecture: MoeArchitecture, layer: int, rank: int) ->
             (Piece(f"{prefix}o_proj.lora_A", (rank, query)),),
         ),
         _whole(layer, f"{megatron}proj.weight_lora_B", f"{prefix}o_proj.lora_B", architecture, hidden, rank),
+    ]
+
+
+def _shared_expert_adapters(architecture: MoeArchitecture, layer: int, rank: int) -> list[Slot]:
+    prefix, megatron = f"model.layers.{layer}.mlp.shared_expert.", "mlp.shared_experts.linear_"
+    width, hidden = architecture.shared_expert_width, architecture.hidden_size
+    gate_up_b = Piece(f"{prefix}gate_up_proj.lora_B", (2 * width, rank))
+    down_a = Piece(f"{prefix}down_proj.lora_A", (rank, width))
+    return [
+        _whole(layer, f"{megatron}fc1.weight_lora_A", f"{prefix}gate_up_proj.lora_A", architecture, rank, hidden),
+        Slot(layer, f"{megatron}fc1.weight_lora_B", Block((2, width, rank), 1), (gate_up_b,)),
+        Slot(layer, f"{megatron}fc2.weight_lora_A", Block((rank, width), 1), (down_a,)),
+        _whole(layer, f"{megatron}fc2.weight_lora_B", f"{prefix}down_proj.lora_B", architecture, hidden, rank),
     ]
 
 

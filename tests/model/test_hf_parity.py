@@ -133,12 +133,16 @@ def _adapter_gradients(merged: Any, adapters: dict[str, torch.Tensor], scaling: 
     expected = {}
     for name in [name.removesuffix("lora_A") for name in adapters if name.endswith("lora_A")]:
         layer = merged.model.layers[int(name.split(".")[2])]
-        attention, experts = layer.self_attn, layer.mlp.experts
+        attention, experts, shared = layer.self_attn, layer.mlp.experts, getattr(layer.mlp, "shared_expert", None)
         gradient = {
             "self_attn.qkv_proj": lambda a=attention: torch.cat([getattr(a, f"{x}_proj").weight.grad for x in "qkv"]),
             "self_attn.o_proj": lambda a=attention: a.o_proj.weight.grad,
             "mlp.experts.w13": lambda e=experts: e.gate_up_proj.grad,
             "mlp.experts.w2": lambda e=experts: e.down_proj.grad,
+            "mlp.shared_expert.gate_up_proj": lambda s=shared: torch.cat(
+                [s.gate_proj.weight.grad, s.up_proj.weight.grad]
+            ),
+            "mlp.shared_expert.down_proj": lambda s=shared: s.down_proj.weight.grad,
         }[name.split(".", 3)[3].rstrip(".")]()
         expected[f"{name}lora_A"] = (scaling * adapters[f"{name}lora_B"].mT @ gradient).numpy()
         expected[f"{name}lora_B"] = (scaling * gradient @ adapters[f"{name}lora_A"].mT).numpy()
