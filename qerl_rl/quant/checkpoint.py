@@ -132,6 +132,14 @@ class CheckpointReader:
         format = self.format_of(name)
         return self.get(name).to(dtype) if format is None else format.dequantize(self.parts(name), dtype)
 
+    def weight_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the weight `name`, whatever its parts are, without reading it; KeyError when there is none."""
+        format = self.format_of(name)
+        if format is None:
+            return self.shape(name)
+        *rows, elements = self.shape(name + format.parts[0].suffix)
+        return (*rows, elements * format.parts[0].columns)
+
     def weights(self) -> list[str]:
         """Names of all weights as an unquantized checkpoint would have them, sorted; parts are not among them."""
         quantized = {name.removesuffix("_scale") for name in self._file_of if name.endswith(".weight_scale")}
