@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.requantize import Survival, merged_parts
 from qerl_rl.quant.rounding import Rounding
 from qerl_rl.rollout.adapters import LAYER
+from qerl_rl.rollout.expert_path import ADAPTED_KERNEL, expert_kernel
 from qerl_rl.rollout.merge_targets import Target, TargetFinder
 
 
@@ -74,15 +76,13 @@ class MergedAdapters:
         """
         self._check(tensors)
         rounding = Rounding(self._lora.merge_rounding == "stochastic", self._seed, step)
-        self.survival, written = Survival(), 0
+        self.survival = Survival()
         for module, targets, share in self._layers:
             survival = Survival()
             with _reloading(module, self._config):
-                for name, tensor in self._merged(tensors, targets, rounding, survival):
-                    written += tensor.nbytes
-                    self._model.load_weights(iter([(name, tensor)]))
+                self._model.load_weights(self._merged(tensors, targets, rounding, survival))
             self.survival.add(survival, share)
-        return written
+        return sum(tensor.nbytes for module, _, _ in self._layers for tensor in module.parameters())
 
     def _merged(
         self, tensors: Mapping[str, torch.Tensor], targets: list[Target], rounding: Rounding, survival: Survival
@@ -103,6 +103,21 @@ class MergedAdapters:
         if tensors.keys() != expected:
             missing, unknown = sorted(expected - tensors.keys())[:3], sorted(tensors.keys() - expected)[:3]
             raise ValueError(f"adapters don't fit the engine: missing {missing or 'none'}, unknown {unknown or 'none'}")
+
+
+def merges_adapters(model: torch.nn.Module, lora: LoraConfig) -> bool:
+    """Whether lora.in_rollout means merging in this engine's model: `auto` does where no kernel takes an adapter.
+
+    Raises: ConfigError for `adapter` where an expert kernel takes none.
+    """
+    layers = [layer for path, layer in model.named_modules() if path.endswith("experts.routed_experts")]
+    refusing = {expert_kernel(layer) for layer in layers} - {ADAPTED_KERNEL} if lora.experts else set()
+    if lora.in_rollout == "adapter" and refusing:
+        raise ConfigError(
+            f"lora.in_rollout=adapter, but this engine's expert kernel {min(refusing)} takes no adapter.",
+            fix="set lora.in_rollout to auto or merge, or lora.experts to false",
+        )
+    return lora.in_rollout == "merge" or bool(lora.in_rollout == "auto" and refusing)
 
 
 @contextlib.contextmanager

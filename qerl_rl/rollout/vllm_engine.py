@@ -17,12 +17,14 @@ import torch.distributed as dist
 
 from qerl_rl.config.schema import LoraConfig, RolloutConfig
 from qerl_rl.quant.noise import Noise
+from qerl_rl.quant.requantize import Survival
 from qerl_rl.rollout.adapters import AdapterSet
 from qerl_rl.rollout.collector import Collector, unfinished_samples
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.kv_cache import KvCacheMemory
 from qerl_rl.rollout.limits import check_expert_sizes
+from qerl_rl.rollout.merge import MergedAdapters, merges_adapters
 from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
 from qerl_rl.rollout.weight_memory import drop_unused_copies, weight_bytes
@@ -55,7 +57,12 @@ class VllmEngine:
         runner = self._engine.model_executor.driver_worker.worker.model_runner
         drop_unused_copies(runner.model)
         self._weights = weight_bytes(runner.model)
-        self._adapters = AdapterSet(runner.model, lora) if lora.attention or lora.experts else None
+        self._adapters: AdapterSet | MergedAdapters | None = None
+        if merges_adapters(runner.model, lora):
+            world_size = rollout.tensor_parallel * (rollout.data_parallel if rollout.expert_parallel else 1)
+            self._adapters = MergedAdapters(runner.model, self._engine.vllm_config, model_path, lora, seed, world_size)
+        elif lora.attention or lora.experts:
+            self._adapters = AdapterSet(runner.model, lora)
         self._noise = NormNoise(runner.model)
         self._kv_cache = KvCacheMemory(runner.kv_caches)
 
@@ -147,13 +154,18 @@ class VllmEngine:
         if names:
             self._engine.abort_request(names)
 
-    def set_adapters(self, tensors: Mapping[str, torch.Tensor]) -> int:
-        """Copy this rank's slices into the layers, scaled; cached prefixes of the old policy are forgotten."""
+    def set_adapters(self, tensors: Mapping[str, torch.Tensor], step: int = 0) -> int:
+        """See RolloutEngine; cached prefixes of the old policy are forgotten."""
         if self._adapters is None:
             raise RuntimeError("set_adapters() on an engine built with lora.attention and lora.experts off")
-        taken = self._adapters.update(tensors)
+        taken = self._adapters.update(tensors, step)
         self._engine.reset_prefix_cache()
         return taken
+
+    @property
+    def survival(self) -> Survival | None:
+        """See RolloutEngine."""
+        return self._adapters.survival if isinstance(self._adapters, MergedAdapters) else None
 
     def set_noise(self, noise: Noise) -> None:
         """See RolloutEngine; cached prefixes computed under other noise are forgotten."""
