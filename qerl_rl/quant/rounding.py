@@ -78,39 +78,27 @@ def round_change(change: torch.Tensor, thresholds: torch.Tensor | None) -> torch
     return whole.add_(thresholds < change - whole)
 
 
-def changed_integers(
-    codes: torch.Tensor, scale: torch.Tensor, change: torch.Tensor, thresholds: torch.Tensor | None, bits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """codes * scale + change on the grid of signed integers of `bits`, with a scale for each group of a row.
+def round_to_grid(
+    points: torch.Tensor, change: torch.Tensor, grid: torch.Tensor, thresholds: torch.Tensor | None
+) -> torch.Tensor:
+    """points + change, rounded to one of its two neighbours on the grid (beyond its ends: to the end).
 
-    The scale stays the base's unless the range would cut the changed weights off; then it grows just enough (to the
-    next number of its dtype), and every point of the group moves by what the longer steps make of it.
-
-    Args: codes float32 [..., groups, size], whole numbers; scale [..., groups, 1], of any float dtype; change,
-    thresholds float32 as codes.
-    Returns: codes float32 and scale, as they came.
+    Args: points: numbers of the grid; change, thresholds: of their shape; grid: ascending. All float32.
     """
-    highest = float(2 ** (bits - 1) - 1)
-    exact = scale.to(torch.float32)
-    steps = change / exact
-    moved = codes + steps
-    needed = torch.maximum(moved.amax(-1, keepdim=True) / highest, moved.amin(-1, keepdim=True) / (-highest - 1.0))
-    grown = _next_up(exact * needed.clamp_min(1.0), scale.dtype)
-    longer = torch.where(needed > 1.0, grown, exact)
-    # The new scale over the old, minus 1: small, and exact where the scales are close (Sterbenz).
-    excess = (longer - exact) / exact
-    steps.sub_(codes * excess).div_(1.0 + excess)
-    rounded = round_change(steps, thresholds).add_(codes).clamp_(-highest - 1.0, highest)
-    return rounded, longer.to(scale.dtype)
+    if is_even(grid):
+        moved = round_change(change / (grid[1] - grid[0]), thresholds).mul_(grid[1] - grid[0]).add_(points)
+        return moved.clamp_(float(grid[0]), float(grid[-1]))
+    above = torch.searchsorted(grid, points + change, right=True).clamp_(1, len(grid) - 1)
+    low, high = grid[above - 1], grid[above]
+    # The distance from the point first, which is exact.
+    share = (points - low).add_(change).div_(high - low)
+    return torch.where(share > (0.5 if thresholds is None else thresholds), high, low)
 
 
-def _next_up(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The smallest numbers of `dtype` that are not below these positive float32 ones, as float32."""
-    near = exact.to(dtype)
-    if dtype == torch.float32:
-        return exact
-    above = torch.nextafter(near, torch.full_like(near, torch.inf)) if dtype == torch.bfloat16 else near * 2
-    return torch.where(near.to(torch.float32) < exact, above, near).to(torch.float32)
+def is_even(grid: torch.Tensor) -> bool:
+    """Whether all neighbours on the grid are as far apart."""
+    gaps = grid.diff()
+    return bool((gaps == gaps[0]).all())
 
 
 def round_to_bfloat16(exact: torch.Tensor, thresholds: torch.Tensor | None) -> torch.Tensor:

@@ -18,9 +18,9 @@ class SwapReport:
     """One phase change on one rank.
 
     phase: the phase that begins, `rollout` or the name of a model. seconds: by stage, in the order run. moved_bytes:
-    bytes written into the rollout engine: adapters, or the weights that they were merged into. survival: how much of the
-    adapters this rank's merged weights kept, None where nothing was merged. released_bytes: bytes by kind that left memory. held_bytes: bytes by
-    engine and kind now in memory.
+    bytes written into the rollout engine: adapters, or the weights that they were merged into. survival: how much of
+    the adapters this rank's merged weights kept, None where nothing was merged. released_bytes: bytes by kind that left
+    memory. held_bytes: bytes by engine and kind now in memory.
     """
 
     phase: str

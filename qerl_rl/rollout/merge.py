@@ -10,36 +10,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import LoraConfig
-from qerl_rl.quant.checkpoint import CheckpointReader
-from qerl_rl.quant.requantize import Survival, merged_parts
+from qerl_rl.quant.requantize import Survival, merged_bfloat16, merged_parts
 from qerl_rl.quant.rounding import Rounding
 from qerl_rl.rollout.adapters import LAYER
 from qerl_rl.rollout.expert_path import ADAPTED_KERNEL, expert_kernel
+from qerl_rl.rollout.load_plan import LoadPlan
 from qerl_rl.rollout.merge_targets import Target, TargetFinder
 
 
 class MergedAdapters:
     """The weights of one rank's model that adapters change.
 
-    Args: model: as vLLM built it. folder: its checkpoint. world_size: ranks that share the model, by whatever split.
+    Args: model: as vLLM built it. plan: how it was loaded. world_size: ranks that share the model, by whatever split.
     """
 
     nbytes = 0
     """Bytes that adapters take beside the weights."""
 
     def __init__(
-        self, model: torch.nn.Module, vllm_config: Any, folder: str | Path, lora: LoraConfig, seed: int, world_size: int
+        self, model: torch.nn.Module, vllm_config: Any, plan: LoadPlan, lora: LoraConfig, seed: int, world_size: int
     ) -> None:
         self._model, self._config, self._lora, self._seed = model, vllm_config, lora, seed
-        self._reader = CheckpointReader(folder)
-        self._finder = TargetFinder(self._reader)
+        self._plan, self._finder = plan, TargetFinder(plan.reader)
         self._layers: list[tuple[torch.nn.Module, list[Target], float]] = []
         for path, module in model.named_modules():
             found = LAYER.search(path)
@@ -90,12 +88,18 @@ class MergedAdapters:
         """Every tensor of the modules of `targets` under its name in the checkpoint, the weights merged."""
         scale = self._lora.alpha / self._lora.rank
         for target in targets:
-            weight = f"{target.stem}.weight"
-            stored = {name: self._reader.get(name) for name in self._finder.tensors[target.stem]}
-            parts = {name.removeprefix(weight): part for name, part in stored.items() if name.startswith(weight)}
-            a, b = target.factors(tensors, scale)
-            changed = merged_parts(parts, a, b, rounding=rounding, name=weight, survival=survival)
-            yield from (stored | {f"{weight}{suffix}": part for suffix, part in changed.items()}).items()
+            weight, (a, b) = f"{target.stem}.weight", target.factors(tensors, scale)
+            format = self._plan.engine_format(weight)
+            if format is None:
+                base = self._plan.reader.weight(weight)
+                yield weight, merged_bfloat16(base, a, b, rounding, weight, survival)
+            else:
+                merged = merged_parts(format, self._plan.parts(weight), a, b, rounding, weight, survival)
+                for suffix, tensor in format.stored(merged).items():
+                    yield weight + suffix, tensor
+            for name in self._finder.tensors[target.stem]:
+                if name != weight:
+                    yield name, self._plan.reader.get(name)
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
         adapters = {target.adapter for _, targets, _ in self._layers for target in targets}

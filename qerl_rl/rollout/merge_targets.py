@@ -37,17 +37,15 @@ class TargetFinder:
     def __init__(self, reader: CheckpointReader) -> None:
         self._reader = reader
         self.tensors: dict[str, list[str]] = {}
-        """By stem: every tensor of the module (parts of the weight, bias)."""
-        for name in reader.names():
+        """By stem: the weight and bias of the module, as an unquantized checkpoint would name them."""
+        for name in reader.weights():
             self.tensors.setdefault(name.rpartition(".")[0], []).append(name)
 
     def rows(self, stem: str) -> int:
-        """N of the weight [N, K], whatever it is stored as: the longest of its parts has N rows.
-
-        Raises: KeyError when the checkpoint has no such module.
-        """
-        weights = [name for name in self.tensors[stem] if name.rpartition(".")[2].startswith("weight")]
-        return max(self._reader.shape(name)[0] for name in weights if not name.endswith("_shape"))
+        """N of the weight [N, K], whatever it is stored as. Raises: KeyError when there is no such module."""
+        weight = f"{stem}.weight"
+        format = self._reader.format_of(weight)
+        return self._reader.shape(weight + (format.parts[0].suffix if format else ""))[0]
 
     def fused(self, adapter: str, stems: list[str], expert: int | None = None) -> Iterator[Target]:
         """The targets of an adapter of modules that are fused by their rows, in this order."""

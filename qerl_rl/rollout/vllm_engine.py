@@ -24,6 +24,8 @@ from qerl_rl.rollout.engine import GroupOutput, GroupRequest
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.kv_cache import KvCacheMemory
 from qerl_rl.rollout.limits import check_expert_sizes
+from qerl_rl.rollout.load_plan import LoadPlan
+from qerl_rl.rollout.loader import LOAD_FORMAT, register_loader, shown_config
 from qerl_rl.rollout.merge import MergedAdapters, merges_adapters
 from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
@@ -50,17 +52,19 @@ class VllmEngine:
             warnings.simplefilter("ignore", FutureWarning)
             from vllm import LLMEngine
 
-            from qerl_rl.rollout.vllm_patches import apply_patches
+            from qerl_rl.rollout.vllm_patches import apply_patches, platform_name
 
             apply_patches()
-            self._engine = LLMEngine.from_engine_args(_engine_args(model_path, rollout, max_length, seed))
+            self._plan = LoadPlan(model_path, platform_name())
+            register_loader(self._plan)
+            self._engine = LLMEngine.from_engine_args(_engine_args(self._plan, rollout, max_length, seed))
         runner = self._engine.model_executor.driver_worker.worker.model_runner
         drop_unused_copies(runner.model)
         self._weights = weight_bytes(runner.model)
         self._adapters: AdapterSet | MergedAdapters | None = None
         if merges_adapters(runner.model, lora):
             world_size = rollout.tensor_parallel * (rollout.data_parallel if rollout.expert_parallel else 1)
-            self._adapters = MergedAdapters(runner.model, self._engine.vllm_config, model_path, lora, seed, world_size)
+            self._adapters = MergedAdapters(runner.model, self._engine.vllm_config, self._plan, lora, seed, world_size)
         elif lora.attention or lora.experts:
             self._adapters = AdapterSet(runner.model, lora)
         self._noise = NormNoise(runner.model)
@@ -208,11 +212,13 @@ def end_of_sequence_tokens(folder: Path) -> list[int]:
     return []
 
 
-def _engine_args(model_path: str | Path, rollout: RolloutConfig, max_length: int, seed: int) -> Any:
+def _engine_args(plan: LoadPlan, rollout: RolloutConfig, max_length: int, seed: int) -> Any:
     from vllm import EngineArgs
 
     return EngineArgs(
-        model=str(model_path),
+        model=str(plan.reader.path),
+        hf_overrides=shown_config(plan),
+        load_format=LOAD_FORMAT,
         skip_tokenizer_init=True,
         generation_config="vllm",
         dtype=rollout.dtype,

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from qerl_rl.config.schema import LoraConfig, RolloutConfig
 from qerl_rl.quant.checkpoint import CheckpointReader
-from qerl_rl.quant.w8a8 import dequantize
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest
 from qerl_rl.rollout.vllm_engine import VllmEngine
 
@@ -103,7 +102,7 @@ def hf_model(folder: Path, adapters: Mapping[str, torch.Tensor] | None = None, s
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with CheckpointReader(folder) as reader:
-        weights = {name: _weight(reader, name) for name in reader.names() if not name.endswith("weight_scale")}
+        weights = {name: reader.weight(name) for name in reader.weights()}
     for name in {name.rpartition(".")[0] for name in adapters or {}}:
         delta = scale * adapters[f"{name}.lora_B"] @ adapters[f"{name}.lora_A"]  # type: ignore[index]
         for target, part in _unfused(name, delta, config):
@@ -111,12 +110,6 @@ def hf_model(folder: Path, adapters: Mapping[str, torch.Tensor] | None = None, s
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.load_state_dict(_fused_experts(weights, config), strict=not config.tie_word_embeddings)
     return model
-
-
-def _weight(reader: CheckpointReader, name: str) -> torch.Tensor:
-    if reader.is_quantized(name):
-        return dequantize(reader.get(name), reader.get(f"{name}_scale"))
-    return reader.get(name).float()
 
 
 def _unfused(name: str, delta: torch.Tensor, config: Any) -> list[tuple[str, torch.Tensor]]:
