@@ -86,7 +86,7 @@ def requantized(
     reach = points + moves
     if thresholds is None:
         # What is nearest to an end of the grid goes there: longer steps would move all others by more.
-        low, high = grid[:2] @ torch.tensor([1.5, -0.5]), grid[-2:] @ torch.tensor([-0.5, 1.5])
+        low, high = 1.5 * grid[0] - 0.5 * grid[1], 1.5 * grid[-1] - 0.5 * grid[-2]
         near = (reach >= low) & (reach <= high)
         reach = torch.where(near, reach.clamp(float(grid[0]), float(grid[-1])), reach)
     needed = torch.maximum(reach.amax(-1) / float(grid[-1]), reach.amin(-1) / float(grid[0]))

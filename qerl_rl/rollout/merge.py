@@ -77,8 +77,9 @@ class MergedAdapters:
         self.survival = Survival()
         for module, targets, share in self._layers:
             survival = Survival()
+            merged = list(self._merged(tensors, targets, rounding, survival))
             with _reloading(module, self._config):
-                self._model.load_weights(self._merged(tensors, targets, rounding, survival))
+                self._model.load_weights(iter(merged))
             self.survival.add(survival, share)
         return sum(tensor.nbytes for module, _, _ in self._layers for tensor in module.parameters())
 

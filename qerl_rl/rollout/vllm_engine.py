@@ -167,6 +167,14 @@ class VllmEngine:
         return taken
 
     @property
+    def description(self) -> str:
+        """How this engine runs its weights and adapters, in a line."""
+        if self._adapters is None:
+            return self._plan.line()
+        how = "merged into the weights" if isinstance(self._adapters, MergedAdapters) else "beside the weights"
+        return f"{self._plan.line()}; adapters {how}"
+
+    @property
     def survival(self) -> Survival | None:
         """See RolloutEngine."""
         return self._adapters.survival if isinstance(self._adapters, MergedAdapters) else None
