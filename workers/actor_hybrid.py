@@ -21,7 +21,6 @@ from workers.batches import group_requests, to_samples
 
 if TYPE_CHECKING:
     from qerl_rl.algorithms.grpo import LossFunction
-    from qerl_rl.config.schema import RolloutCorrectionConfig
     from qerl_rl.rollout.engine import GroupOutput
     from qerl_rl.train.engine import TrainEngine
     from qerl_rl.train.model_engine import ModelEngine
@@ -202,6 +201,7 @@ class ActorHybridWorker:
         if reference is None:
             return {}
         from qerl_rl.algorithms.mismatch import noise_mismatch
+        from workers.comparison import comparison
 
         rollout_rows = list(batch.columns["rollout_log_probs"].rows())
         old_rows = rollout_rows if old is None else old.log_probs
@@ -215,7 +215,7 @@ class ActorHybridWorker:
             metrics["noise/sigma"] = self.swap.noise_of(step).sigma
         if old is not None and clean is not None:
             metrics["entropy"] = float(np.concatenate(old.entropy).mean())
-            metrics |= mismatch_metrics(rollout_rows, old_rows, self.config.rollout_correction)
+            metrics |= comparison(rollout_rows, old_rows, self.config.rollout_correction)
             metrics |= noise_mismatch(old_rows, clean.log_probs) if noise.sigma else {}
         return metrics
 
@@ -257,7 +257,7 @@ class ActorHybridWorker:
         algorithm = dataclasses.replace(self.config.algorithm, kl_coefficient=kl_coefficient)
         loss_function = grpo_loss(algorithm, self.config.rollout_correction)
         columns = ["old_log_probs", "reference_log_probs", "advantages"]
-        if self.config.rollout_correction.rollout_is != "none":
+        if self.config.rollout_correction.compares:
             columns.append("rollout_log_probs")
         return self._updates(batches, step, columns, loss_function, self.config.algorithm.loss_aggregation)
 
@@ -347,22 +347,3 @@ def ages_of(prompts: Batch | None, keys: Sequence[SampleKey]) -> list[int]:
         return []
     ages = dict(zip(prompts.keys, prompts.columns["ages"].tolist(), strict=True))
     return [ages[key] for key in keys]
-
-
-def mismatch_metrics(
-    rollout: Sequence[np.ndarray], old: Sequence[np.ndarray], correction: RolloutCorrectionConfig
-) -> dict[str, float]:
-    """How far engine and trainer are apart on their response tokens, and the importance weights that follow."""
-    import torch
-
-    from qerl_rl.algorithms.correction import importance_ratios, weight_metrics
-    from qerl_rl.algorithms.mismatch import rollout_mismatch
-    from qerl_rl.algorithms.sequences import sequence_ids
-
-    metrics = rollout_mismatch(rollout, old)
-    if correction.rollout_is != "none":
-        ids = sequence_ids(torch.tensor([len(row) for row in old]))
-        trained, sampled = (torch.from_numpy(np.concatenate(rows)) for rows in (old, rollout))
-        ratios = importance_ratios(trained, sampled, ids, level=correction.rollout_is)
-        metrics |= weight_metrics(ratios, correction.rollout_is_threshold)
-    return metrics

@@ -17,7 +17,9 @@ from transfer_dock.arena import SHARED_MEMORY, sweep
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = {
-    "step", "reward/mean", "reward/std", "entropy", "kl/reference", "mismatch/kl", "time/rollout_s", "time/swap_s",
+    "step", "reward/mean", "reward/std", "entropy", "kl/reference", "rollout_vs_train/kl", "rollout_vs_train/k3_kl",
+    "rollout_vs_train/prob_diff_mean", "rollout_vs_train/prob_diff_max", "rollout_vs_train/pearson",
+    "rollout_vs_train/ess", "rollout_vs_train/ppl_ratio", "time/rollout_s", "time/swap_s",
     "time/reward_s", "time/log_probs_s", "time/update_s", "time/total_s", "tokens_per_s/rollout", "tokens_per_s/train",
     "memory/peak_bytes",
 }  # fmt: skip

@@ -96,8 +96,8 @@ def test_one_step_ahead_keeps_both_engines_in_memory_and_still_evaluates(straigh
         assert min(held["train/parameters"], held["train/gradients"], held["rollout/kv_cache"]) > 0
         assert row["released_bytes"] == {}
     # The first step learns from its own policy, later ones from the one before: further from what sampled.
-    assert min(step["mismatch/kl"] for step in steps[1:]) > 0
-    assert steps[4]["mismatch/kl"] > 2 * steps[0]["mismatch/kl"]
+    assert min(step["rollout_vs_train/k3_kl"] for step in steps[1:]) > 0
+    assert steps[4]["rollout_vs_train/k3_kl"] > 2 * steps[0]["rollout_vs_train/k3_kl"]
 
 
 def test_an_uncorrected_run_says_so_and_names_the_key():
