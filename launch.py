@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.loader import load_config
+from qerl_rl.start_up import collector_paused
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -32,7 +33,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        from trainer.preflight import describe, preflight
+        with collector_paused():
+            from trainer.preflight import describe, preflight
 
         plan = preflight(load_config(options.config, options.overrides), options.resume)
     except ConfigError as error:
@@ -41,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         print(describe(plan))
         return 0
-    from trainer.run import run
+    with collector_paused():
+        from trainer.run import run
 
     return run(plan)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -19,6 +20,8 @@ def free_port() -> int:
 
 def _serve(environment: dict[str, str], inbox: Any, outbox: Any) -> None:
     os.environ.update(environment)
+    # Importing the engines makes millions of objects that stay; collecting as often as usual costs a quarter of it.
+    gc.set_threshold(100_000)
     rank = int(environment["RANK"])
     for function, args in iter(inbox.get, None):
         try:
@@ -33,10 +36,11 @@ class RankPool:
     They stay between calls, since importing torch and Megatron costs more than most of what the tests run; a function
     finds what the one before it left in the process (`fresh_world` starts over). A rank that fails ends the pool, and
     the next call starts another. Use it as a context manager, or close it.
+    start_method: spawn, or forkserver for processes in which vLLM is imported already.
     """
 
-    def __init__(self, world_size: int) -> None:
-        self._world_size = world_size
+    def __init__(self, world_size: int, start_method: str = "spawn") -> None:
+        self._world_size, self._start_method = world_size, start_method
         self._processes: list[Any] = []
         self._inboxes: list[Any] = []
         self._outbox: Any = None
@@ -65,7 +69,9 @@ class RankPool:
         return [found[rank] for rank in range(self._world_size)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(self._start_method)
+        if self._start_method == "forkserver":
+            context.set_forkserver_preload(["tests.vllm_imported"])
         # The children import torch before they see their environment, so the thread count must be inherited.
         os.environ["OMP_NUM_THREADS"] = "1"
         shared = {
@@ -109,6 +115,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """`RankPool` for one call, in processes that nothing ran in before."""
     with RankPool(world_size) as pool:
         return pool(function, *args, timeout_s=timeout_s)
+
+
+def run_engines(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """`run_ranks` in processes that have imported vLLM, and nothing else has run in; it spares each five seconds."""
+    with RankPool(world_size, "forkserver") as pool:
+        return pool(function, *args)
 
 
 _store: Any = None

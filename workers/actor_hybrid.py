@@ -16,6 +16,7 @@ import numpy as np
 
 from qerl_rl.config.loader import from_dict
 from qerl_rl.reshard.ledger import CRITIC, POLICY, REWARD_MODEL, SwapReport
+from qerl_rl.start_up import collector_paused
 from transfer_dock import Batch, Jagged, SampleKey, TransferDock
 from workers.batches import group_requests, to_samples
 
@@ -55,6 +56,14 @@ class ActorHybridWorker:
 
     def start(self, address: str, port: int) -> dict[str, Any]:
         """Load the engines that the run needs; returns this rank's place in the layouts."""
+        with collector_paused():
+            self._start(address, port)
+        return {
+            "train_data_rank": self.train.data_parallel_rank,
+            "rollout_data_rank": self.rank // self.config.rollout.tensor_parallel,
+        }
+
+    def _start(self, address: str, port: int) -> None:
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(self.rank), LOCAL_RANK=str(self.rank))
         os.environ.update(WORLD_SIZE=str(self.world_size), LOCAL_WORLD_SIZE=str(self.world_size))
 
@@ -69,10 +78,6 @@ class ActorHybridWorker:
         if self.config.has_rollout_engine:
             self._start_rollout(beside)
         seed_global_generators(self.config.run.seed, self.rank)
-        return {
-            "train_data_rank": self.train.data_parallel_rank,
-            "rollout_data_rank": self.rank // self.config.rollout.tensor_parallel,
-        }
 
     def _start_rollout(self, beside: Mapping[str, ModelEngine]) -> None:
         # Importing vLLM takes seconds, which a run without a rollout is spared.

@@ -11,6 +11,7 @@ from qerl_rl.metrics.accuracy import accuracy_metrics
 from qerl_rl.rewards.model import MODEL, RewardModel
 from qerl_rl.rewards.scorer import RewardScorer, Sample, Scores
 from qerl_rl.rewards.votes import SAME_VALUE, comparison_of, group_answers, judge_of
+from qerl_rl.start_up import collector_paused
 from transfer_dock import TransferDock
 
 
@@ -21,7 +22,8 @@ class RewardWorker:
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        from transformers import AutoTokenizer
+        with collector_paused():
+            from transformers import AutoTokenizer
 
         self.config = from_dict(config)
         self.tokenizer = AutoTokenizer.from_pretrained(self.config.model.path)

@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
-from compressed_tensors.quantization.lifecycle.forward import quantize as round_to_grid
-from compressed_tensors.quantization.utils import calculate_qparams
 
 
-def _scheme() -> QuantizationScheme:
+def _scheme() -> Any:
+    # Imported where it is needed: it takes two seconds, and who only reads a checkpoint has no use for it.
+    from compressed_tensors.quantization import preset_name_to_scheme
+
     return preset_name_to_scheme("W8A8", ["Linear"])
 
 
@@ -25,6 +24,9 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns: int8 [..., N, K] and scale [..., N, 1] float32 (a row of zeros gets the float32 epsilon), such that
     weight is about int8 * scale with scale = max |row| / 127.5.
     """
+    from compressed_tensors.quantization.lifecycle.forward import quantize as round_to_grid
+    from compressed_tensors.quantization.utils import calculate_qparams
+
     arguments = _scheme().weights
     exact = weight.detach().to(torch.float32)
     scale, zero_point = calculate_qparams(exact.amin(-1, keepdim=True), exact.amax(-1, keepdim=True), arguments)
@@ -44,6 +46,8 @@ def quantization_config(ignore: list[str]) -> dict[str, Any]:
 
     Args: ignore: names (or re:patterns) of the Linear modules that stay unquantized.
     """
+    from compressed_tensors.compressors.format import infer_module_format
+
     scheme = _scheme()
     layout = infer_module_format(torch.nn.Linear, scheme).value
     group = scheme.model_dump(mode="json") | {"format": layout}

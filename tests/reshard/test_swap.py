@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import run_engines, run_ranks
 
 PROMPTS = [
     [5, 9, 11, 7, 12, 6],
@@ -177,7 +177,7 @@ def test_the_engine_follows_the_trainer_through_ten_updates(tmp_path, tiny_w8a8,
     assert min(both["train/parameters"], both["rollout/kv_cache"]) > 0
     assert released == {}
 
-    fresh_tokens, fresh_log_probs = run_ranks(fresh_engine, 2, model, tmp_path, rollout)[0]
+    fresh_tokens, fresh_log_probs = run_engines(fresh_engine, 2, model, tmp_path, rollout)[0]
     # An early end of sequence would quietly shrink what is compared.
     assert [len(response) for response in new] == [RESPONSE_TOKENS] * 8
     for after, fresh in zip(new, fresh_tokens, strict=True):

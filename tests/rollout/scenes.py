@@ -25,7 +25,7 @@ Plain = dict[int, tuple[list[list[int]], list[list[float]], list[str]]]
 
 
 def make_engine(folder: Path, lora: LoraConfig = LORA, **rollout: Any) -> VllmEngine:
-    """An engine over as many ranks as RolloutConfig says, in processes started by run_ranks."""
+    """An engine over as many ranks as RolloutConfig says, in processes started by run_engines."""
     if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo")
     options = {"data_parallel": 1, "max_response_tokens": 24, "kv_cache_bytes": 32 << 20} | rollout

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import silu
 
 from qerl_rl.quant.w8a8 import dequantize, quantize
-from tests.ranks import run_ranks
+from tests.ranks import run_engines
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, RANK = 8, 2, 128, 96, 8
 TOKENS = (1, 3, 40, 2500)
@@ -109,7 +109,7 @@ def _scene() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
-    return run_ranks(_scene, 1)[0]
+    return run_engines(_scene, 1)[0]
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

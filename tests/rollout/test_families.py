@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import run_engines
 from tests.rollout.scenes import (
     Plain,
     generate,
@@ -55,18 +55,18 @@ def _check(folder: Path, clean: Plain, adapted: Plain) -> None:
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
 def test_family_with_adapters_equals_the_merged_model(tiny_w8a8: Callable[..., Path], family: str) -> None:
     folder = tiny_w8a8(family, "bfloat16", layers=2)
-    clean, adapted = run_ranks(_scene, 1, folder, {}, [GROUPS])[0]
+    clean, adapted = run_engines(_scene, 1, folder, {}, [GROUPS])[0]
     _check(folder, clean, adapted)
 
 
 def test_shared_experts_and_biases_under_data_and_expert_parallel(tiny_w8a8: Callable[..., Path]) -> None:
     folder = tiny_w8a8("qwen2_moe", "bfloat16", layers=2)
-    ranks = run_ranks(_scene, 2, folder, {"data_parallel": 2}, [GROUPS[:2], GROUPS[2:]])
+    ranks = run_engines(_scene, 2, folder, {"data_parallel": 2}, [GROUPS[:2], GROUPS[2:]])
     clean, adapted = ({**first, **second} for first, second in zip(*ranks, strict=True))
     _check(folder, clean, adapted)
 
 
 def test_a_cpu_without_amx_runs_the_same_model(tiny_w8a8: Callable[..., Path]) -> None:
     folder = tiny_w8a8("qwen3_moe", "bfloat16")
-    clean, adapted = run_ranks(_scene_without_amx, 1, folder)[0]
+    clean, adapted = run_engines(_scene_without_amx, 1, folder)[0]
     _check(folder, clean, adapted)

@@ -12,7 +12,7 @@ import pytest
 
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.quant.noise import Noise
-from tests.ranks import run_ranks
+from tests.ranks import run_engines
 from tests.rollout.scenes import (
     LORA,
     Plain,
@@ -66,7 +66,7 @@ def folder(tiny_w8a8: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
-    return run_ranks(_scene, 1, folder, {}, [[GROUPS]], [GROUPS])[0]
+    return run_engines(_scene, 1, folder, {}, [[GROUPS]], [GROUPS])[0]
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])
@@ -75,7 +75,7 @@ def test_tensor_parallel_ranks_agree_with_each_other_and_with_one_rank(
 ) -> None:
     layout = {"tensor_parallel": 2, "expert_parallel": expert_parallel}
     both = [GROUPS, GROUPS]
-    first, second = run_ranks(_scene, 2, folder, layout, [both], both)
+    first, second = run_engines(_scene, 2, folder, layout, [both], both)
     assert {key: first[key] for key in ("sampled", "greedy", "noise")} == {
         key: second[key] for key in ("sampled", "greedy", "noise")
     }
@@ -96,7 +96,7 @@ def test_tensor_parallel_ranks_agree_with_each_other_and_with_one_rank(
 def test_data_and_expert_parallel_equals_one_rank_whatever_the_load(folder: Path, alone: dict[str, Any]) -> None:
     calls = [[GROUPS[:3], GROUPS[3:]], [GROUPS, []], [[], GROUPS], [[], []], [GROUPS[:4], GROUPS[4:]]]
     layout = {"data_parallel": 2, "expert_parallel": True}
-    ranks = run_ranks(_scene, 2, folder, layout, calls, [GROUPS[:3], GROUPS[3:]])
+    ranks = run_engines(_scene, 2, folder, layout, calls, [GROUPS[:3], GROUPS[3:]])
     for call, shares in enumerate(calls):
         outputs = [rank["sampled"][call] for rank in ranks]
         assert [sorted(output) for output in outputs] == shares
@@ -114,7 +114,7 @@ def test_data_and_expert_parallel_equals_one_rank_whatever_the_load(folder: Path
 
 def test_data_parallel_without_expert_parallel_is_two_engines(folder: Path, alone: dict[str, Any]) -> None:
     layout = {"data_parallel": 2, "expert_parallel": False}
-    ranks = run_ranks(_scene, 2, folder, layout, [[GROUPS[:3], GROUPS[3:]]], [GROUPS, []])
+    ranks = run_engines(_scene, 2, folder, layout, [[GROUPS[:3], GROUPS[3:]]], [GROUPS, []])
     assert tokens_of(_merged([rank["sampled"][0] for rank in ranks])) == tokens_of(alone["sampled"][0])
     assert ranks[0]["greedy"] == alone["greedy"]
     assert ranks[0]["held"] == alone["held"]
@@ -123,7 +123,7 @@ def test_data_parallel_without_expert_parallel_is_two_engines(folder: Path, alon
 def test_key_value_heads_fewer_than_ranks_are_replicated_with_their_adapters(tiny_w8a8: Callable[..., Path]) -> None:
     folder = tiny_w8a8("qwen3_moe", "bfloat16", kv_heads=1, layers=2)
     adapters = {name: t for name, t in random_adapters(folder, seed=1).items() if ".experts." not in name}
-    outputs, peer = run_ranks(_with_and_without_experts, 2, folder, {"tensor_parallel": 2, "expert_parallel": False})
+    outputs, peer = run_engines(_with_and_without_experts, 2, folder, {"tensor_parallel": 2, "expert_parallel": False})
     assert outputs == peer
     error = np.abs(hf_log_probs(hf_model(folder, adapters), outputs) - log_probs_of(outputs)).mean()
     effect = np.abs(hf_log_probs(hf_model(folder), outputs) - log_probs_of(outputs)).mean()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qerl_rl.quant.noise import Noise
-from tests.ranks import run_ranks
+from tests.ranks import run_engines
 from tests.rollout.scenes import (
     LORA,
     MAX_LENGTH,
@@ -137,7 +137,7 @@ def folder(tiny_w8a8: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(folder: Path) -> dict[str, Any]:
-    return run_ranks(_scene, 1, folder)[0]
+    return run_engines(_scene, 1, folder)[0]
 
 
 def test_noise_can_be_kept_out_of_the_routers_input(seen: dict[str, Any]) -> None:

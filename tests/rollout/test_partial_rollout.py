@@ -14,7 +14,7 @@ import pytest
 from qerl_rl.rollout.collector import UNFINISHED
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest, Partial
 from qerl_rl.rollout.vllm_engine import VllmEngine, sample_seed
-from tests.ranks import run_ranks
+from tests.ranks import run_engines
 from tests.rollout.scenes import Plain, generate, log_prob_gaps, make_engine, plain, random_adapters, request, tokens_of
 
 GROUPS = [0, 1, 2, 3, 4, 5]
@@ -113,7 +113,7 @@ def folder(tiny_w8a8: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
-    return run_ranks(_alone, 1, folder)[0]
+    return run_engines(_alone, 1, folder)[0]
 
 
 def lengths_of(outputs: Plain) -> dict[int, list[int]]:
@@ -183,7 +183,7 @@ def test_requests_that_can_not_go_on_are_refused(alone: dict[str, Any]) -> None:
 
 def test_ranks_that_share_experts_wait_for_each_other(folder: Path, alone: dict[str, Any]) -> None:
     loads: list[tuple[Shares, list[int]]] = [([[0, 2, 5], [1, 3, 4]], [1, 1]), ([GROUPS, []], [2, 0])]
-    ranks = run_ranks(_two_ranks, 2, folder, alone["uncut"], loads)
+    ranks = run_engines(_two_ranks, 2, folder, alone["uncut"], loads)
     for load, (shares, quotas) in enumerate(loads):
         for own, quota, seen in zip(shares, quotas, [rank[load] for rank in ranks], strict=True):
             assert sorted(seen["done"]) == own
