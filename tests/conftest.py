@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qerl_rl.make_model.random_model import MoeSizes, save_random_checkpoint
-from qerl_rl.quant.checkpoint import quantize_checkpoint
+from qerl_rl.quant.quantize import quantize_checkpoint
 from tests.ranks import RankPool
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

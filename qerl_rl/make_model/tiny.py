@@ -17,7 +17,7 @@ from qerl_rl.data.arithmetic import arithmetic_problems
 from qerl_rl.make_model.characters import character_tokenizer
 from qerl_rl.make_model.random_model import MoeSizes, build_moe, save_model
 from qerl_rl.make_model.warm_start import Progress, WarmStart, sampled_accuracy, warm_start
-from qerl_rl.quant.checkpoint import quantize_checkpoint
+from qerl_rl.quant.quantize import quantize_checkpoint
 
 SIZES = MoeSizes(layers=4, hidden=128, heads=4, kv_heads=2, head_dim=32, experts=8, top_k=2, expert_width=128)
 NOTE_NAME = "qerl_rl.json"

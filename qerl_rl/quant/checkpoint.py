@@ -1,10 +1,8 @@
-"""Read HF checkpoints one tensor at a time, and write their quantized twins the same way."""
+"""Read HF checkpoints one tensor at a time, and write them the same way."""
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -15,16 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qerl_rl.config.errors import ConfigError
-from qerl_rl.quant import w8a8
+from qerl_rl.quant.formats import Format
+from qerl_rl.quant.stored import StoredFormats
 
-FORMATS = ("w8a8",)
 SHARD_BYTES = 2 << 30
 INDEX_NAME = "model.safetensors.index.json"
-
-# Attention, dense MLPs, shared and routed experts (Mixtral calls those w1, w2, w3).
-_QUANTIZED = re.compile(r"\.layers\.\d+\..*(_proj|\.experts\.\d+\.w[123])\.weight$")
-_FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)(\.weight)?$")
-_IGNORE = ["lm_head", r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$", r"re:.*shared_expert_gate$"]
+_STORED_SUFFIXES = ("", "_packed", "_scale", "_global_scale", "_shape", "_zero_point")
 
 
 class CheckpointReader:
@@ -40,6 +34,7 @@ class CheckpointReader:
                 f"model folder {self.path} does not exist.", fix="give the path of a HF checkpoint folder"
             )
         self._open: dict[str, Any] = {}
+        self._formats: StoredFormats | None = None
         self._file_of: dict[str, str] = {}
         for file_name in self._file_names():
             for name in self._handle(file_name).keys():  # noqa: SIM118 - safe_open is not a mapping
@@ -94,8 +89,46 @@ class CheckpointReader:
         return self._handle(self._file_of[name]).get_slice(name).get_dtype()
 
     def is_quantized(self, name: str) -> bool:
-        """Whether the weight `name` (X.weight) is int8 with scales in X.weight_scale."""
+        """Whether the weight `name` (X.weight) has scales beside it."""
         return f"{name}_scale" in self._file_of
+
+    def format_of(self, name: str) -> Format | None:
+        """The format of the weight `name` (X.weight, whatever its parts are called); None when it is a float tensor.
+
+        Raises: ConfigError when config.json does not say how to read the parts that are there, or one is missing.
+        """
+        if not self.is_quantized(name):
+            return None
+        if self._formats is None:
+            self._formats = StoredFormats(read_config(self.path), str(self.path / "config.json"))
+        format = self._formats.of_module(name.removesuffix(".weight"))
+        missing = [part.suffix for part in format.parts if name + part.suffix not in self._file_of] if format else [""]
+        if format is None or missing:
+            problem = f"is {format.name}, but has no {name + missing[0]}" if format else "has scales, but no format"
+            raise ConfigError(
+                f"{name} {problem}.",
+                fix="use config.json and weights of the same checkpoint",
+                where=str(self.path / "config.json"),
+            )
+        return format
+
+    def parts(self, name: str) -> dict[str, torch.Tensor]:
+        """The parts of a quantized weight X.weight [N, K] by suffix, as they are in memory (see `Part`)."""
+        format = self.format_of(name)
+        if format is None:
+            raise KeyError(name)
+        return format.loaded({part.suffix: self.get(name + part.suffix) for part in format.parts})
+
+    def weight(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight `name` as floats, dequantized where it is quantized."""
+        format = self.format_of(name)
+        return self.get(name).to(dtype) if format is None else format.dequantize(self.parts(name), dtype)
+
+    def weights(self) -> list[str]:
+        """Names of all weights as an unquantized checkpoint would have them, sorted; parts are not among them."""
+        quantized = {name.removesuffix("_scale") for name in self._file_of if name.endswith(".weight_scale")}
+        parts = {name + suffix for name in quantized for suffix in _STORED_SUFFIXES}
+        return sorted((set(self._file_of) - parts) | quantized)
 
     def close(self) -> None:
         self._open.clear()
@@ -110,9 +143,15 @@ class CheckpointReader:
 
 
 def stored_format(path: str | Path) -> str:
-    """The quant.format of a HF folder: w8a8, or none. Raises: ConfigError, as `CheckpointReader`."""
+    """The quant.format of a HF folder: that of its experts, where formats are mixed; none where there is none.
+
+    Raises: ConfigError, as `CheckpointReader` and `format_of`.
+    """
     with CheckpointReader(path) as reader:
-        return "w8a8" if any(reader.is_quantized(name) for name in reader.names()) else "none"
+        quantized = [name.removesuffix("_scale") for name in reader if name.endswith(".weight_scale")]
+        name = next((name for name in quantized if ".experts." in name), quantized[0] if quantized else None)
+        format = reader.format_of(name) if name else None
+        return format.name if format else "none"
 
 
 class ShardWriter:
@@ -171,48 +210,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         problem = f"{folder / 'config.json'} is no JSON: {error}."
     raise ConfigError(problem, fix="give the path of a HF checkpoint folder")
-
-
-def quantize_checkpoint(
-    source: str | Path, out: str | Path, format: str = "w8a8", *, shard_bytes: int = SHARD_BYTES
-) -> int:
-    """Write `source` with its Linear weights quantized to `out`; the rest, the tokenizer and the like are copied.
-
-    Tensors go through one at a time: memory holds one tensor and the unwritten part of one shard.
-    Returns: bytes of tensors written.
-    Raises: ConfigError for an unknown format or a folder that can't be read, is quantized already or has fused experts.
-    """
-    source, out = Path(source), Path(out)
-    if format not in FORMATS:
-        raise ConfigError(f"format {format!r} is unknown.", fix=f"set quant.format to one of {', '.join(FORMATS)}")
-    if source.resolve() == out.resolve():
-        raise ConfigError(f"{out} is the checkpoint to quantize itself.", fix="write to another folder")
-    with CheckpointReader(source) as reader:
-        config = read_config(source)
-        if "quantization_config" in config or any(reader.is_quantized(name) for name in reader):
-            raise ConfigError(f"{source} is quantized already.", fix="give the checkpoint in bfloat16 or float32")
-        fused = next((name for name in reader if _FUSED_EXPERTS.search(name)), None)
-        if fused:
-            raise ConfigError(f"{source} stores fused experts ({fused}).", fix="save one tensor for each expert")
-        writer = ShardWriter(out, shard_bytes)
-        (out / "config.json").unlink(missing_ok=True)
-        for name in reader:
-            tensor = reader.get(name)
-            if _QUANTIZED.search(name):
-                quantized, scale = w8a8.quantize(tensor)
-                writer.add(name, quantized)
-                writer.add(f"{name}_scale", scale)
-            else:
-                writer.add(name, tensor)
-        writer.finish()
-    _copy_other_files(source, out)
-    config["quantization_config"] = w8a8.quantization_config(_IGNORE)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return writer.total_bytes
-
-
-def _copy_other_files(source: Path, out: Path) -> None:
-    weights = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf")
-    for file in source.iterdir():
-        if file.is_file() and file.name != "config.json" and not file.name.endswith(weights):
-            shutil.copy2(file, out / file.name)

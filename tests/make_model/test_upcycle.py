@@ -14,7 +14,8 @@ from qerl_rl.make_model.characters import character_tokenizer
 from qerl_rl.make_model.random_model import randomize, save_model
 from qerl_rl.make_model.upcycle import largest_difference, smollm2_gguf, upcycle
 from qerl_rl.quant import w8a8
-from qerl_rl.quant.checkpoint import CheckpointReader, quantize_checkpoint
+from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.quant.quantize import quantize_checkpoint
 
 
 def dense_model(tied: bool = True) -> LlamaForCausalLM:

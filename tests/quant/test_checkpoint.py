@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.quant import w8a8
-from qerl_rl.quant.checkpoint import INDEX_NAME, CheckpointReader, quantize_checkpoint
+from qerl_rl.quant.checkpoint import INDEX_NAME, CheckpointReader
+from qerl_rl.quant.quantize import quantize_checkpoint
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral")
 NEVER_QUANTIZED = ("norm.weight", "embed_tokens.weight", "lm_head.weight", "gate.weight", "bias")

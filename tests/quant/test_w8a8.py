@@ -98,7 +98,7 @@ def test_scales_are_float32_whatever_the_weights_are(dtype: torch.dtype) -> None
 
 
 def test_config_is_one_the_library_parses_as_int8_with_dynamic_tokens() -> None:
-    config = QuantizationConfig.model_validate(w8a8.quantization_config(["lm_head"]))
+    config = QuantizationConfig.model_validate(w8a8.W8A8().quantization_config(["lm_head"]))
     assert config.format == "int-quantized"
     assert config.ignore == ["lm_head"]
     scheme = config.config_groups["group_0"]

@@ -20,7 +20,8 @@ from qerl_rl.config.schema import (
     TrainConfig,
 )
 from qerl_rl.platform import detect, prepare_megatron
-from qerl_rl.quant.checkpoint import CheckpointReader, quantize_checkpoint
+from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.quant.quantize import quantize_checkpoint
 from qerl_rl.train.engine import TrainEngine
 from qerl_rl.train.samples import Samples
 from tests.ranks import fresh_world
