@@ -171,6 +171,11 @@ class VllmEngine:
         """See RolloutEngine."""
         self._kv_cache.restore()
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """vLLM's model on this rank."""
+        return self._engine.model_executor.driver_worker.worker.model_runner.model
+
     def held_bytes(self) -> dict[str, int]:
         """Bytes of this rank's weights (its shard, as packed), adapters and KV cache."""
         adapters = 0 if self._adapters is None else self._adapters.nbytes

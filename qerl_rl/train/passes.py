@@ -128,7 +128,7 @@ class Passes:
             pack = next(iterator)
             if self._selection:
                 self._selection.positions = pack.positions
-            output = model(pack.tokens, pack.position_ids, None, packed_seq_params=_packed(pack))
+            output = model(pack.tokens, pack.position_ids, None, packed_seq_params=packed_parameters(pack))
             return output, lambda output: finish(pack, *self._score(output, pack))
 
         return get_forward_backward_func()(
@@ -143,7 +143,8 @@ class Passes:
         )
 
 
-def _packed(pack: Pack) -> PackedSeqParams:
+def packed_parameters(pack: Pack) -> PackedSeqParams:
+    """Where the sequences of a pack lie, as Megatron takes it."""
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=pack.cumulative_lengths,
