@@ -33,6 +33,8 @@ class CheckpointReader:
             raise ConfigError(
                 f"model folder {self.path} does not exist.", fix="give the path of a HF checkpoint folder"
             )
+        self.bytes_read = 0
+        """Of tensors, by `get` and what calls it."""
         self._open: dict[str, Any] = {}
         self._formats: StoredFormats | None = None
         self._file_of: dict[str, str] = {}
@@ -76,9 +78,15 @@ class CheckpointReader:
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
-    def get(self, name: str) -> torch.Tensor:
-        """The tensor as stored (dtype and shape); KeyError when there is none of this name."""
-        return self._handle(self._file_of[name]).get_tensor(name)
+    def get(self, name: str, *index: slice) -> torch.Tensor:
+        """The tensor as stored, or what `index` leaves of its dimensions: nothing else is read.
+
+        Raises: KeyError when there is none of this name.
+        """
+        handle = self._handle(self._file_of[name])
+        tensor = handle.get_slice(name)[index] if index else handle.get_tensor(name)
+        self.bytes_read += tensor.nbytes
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
