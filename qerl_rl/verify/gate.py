@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.quant.base import Format
 from qerl_rl.quant.checkpoint import CheckpointReader, stored_format
 from qerl_rl.quant.formats import get_format
 from qerl_rl.quant.quantize import quantize_checkpoint
@@ -20,6 +22,9 @@ from qerl_rl.verify.policy import FrozenPolicy, start_world
 from qerl_rl.verify.quantized import Twin, divergence, expert_cosines, mean_cosine
 from qerl_rl.verify.reference import Trace, greedy, load_reference, trace
 from qerl_rl.verify.report import Check, Report
+
+if TYPE_CHECKING:
+    from qerl_rl.verify.engine import EngineSide
 
 LAYER_BAR, FINAL_BAR, GREEDY_TOKENS = 0.999, 0.98, 20
 EXPERT_BARS = {"w8a8": 0.99, "mxfp8": 0.99, "w4a16": 0.95, "w4a8": 0.95, "nvfp4": 0.95, "mxfp4": 0.95}
@@ -99,7 +104,7 @@ def verify(request: Request) -> Report:
         exact = exact if twin.exact is model else trace(twin.exact, sequences)
         _quantization_checks(report, twin, request, exact, sequences)
     if request.engine:
-        _engine_checks(report, request, policy, prompts, sequences)
+        _engine_report(report, request, policy, prompts, sequences)
     return report
 
 
@@ -156,15 +161,22 @@ def _twin(request: Request, model: Any, stored: str) -> Twin | None:
     if request.format:
         return Twin(model, get_format(request.format))
     if stored != "none" and request.reference is not None:
-        return Twin(load_reference(request.reference), _format_of(request.model), weights=model)
+        formats = _expert_formats(request.model)
+        kept = frozenset(layer for layer, format in formats.items() if format is None)
+        format = next(format for format in formats.values() if format is not None)
+        return Twin(load_reference(request.reference), format, weights=model, kept=kept)
     return None
 
 
-def _format_of(folder: Path) -> Any:
-    """The format of a checkpoint's experts."""
+def _expert_formats(folder: Path) -> dict[int, Format | None]:
+    """By layer, the format of its routed experts."""
+    found: dict[int, Format | None] = {}
     with CheckpointReader(folder) as reader:
-        formats = [format for name in reader.weights() if ".experts." in name and (format := reader.format_of(name))]
-    return formats[0]
+        for name in reader.weights():
+            place = re.search(r"\.layers\.(\d+)\..*\.experts\.", name)
+            if place:
+                found[int(place[1])] = reader.format_of(name)
+    return found
 
 
 def _quantization_checks(report: Report, twin: Twin, request: Request, exact: Trace, sequences: list[Tensor]) -> None:
@@ -200,11 +212,11 @@ def _write_mixed(request: Request, twin: Twin, kept: list[int]) -> str:
     return f"wrote {request.out}: {twin.format.name}, layers {layers} as they were, {written / 2**20:.1f} MiB"
 
 
-def _engine_checks(
+def _engine_report(
     report: Report, request: Request, policy: FrozenPolicy, prompts: list[Tensor], sequences: list[Tensor]
 ) -> None:
     """vLLM against the trainer, on the checkpoint or (with --format) on its quantized twin."""
-    from qerl_rl.verify.engine import measure_engine
+    from qerl_rl.verify.engine import EngineSide
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = request.model
@@ -212,19 +224,40 @@ def _engine_checks(
             folder = Path(scratch)
             quantize_checkpoint(request.model, folder, request.format)
             policy = FrozenPolicy(folder)
-        found = measure_engine(folder, policy, prompts, sequences, by_layer=request.by_layer)
-    who = "engine vs trainer"
-    for name, value in found.mismatch.items():
+        engine = EngineSide(folder, prompts, sequences)
+    engine_checks(report, engine, policy, prompts, sequences, by_layer=request.by_layer)
+
+
+def engine_checks(
+    report: Report,
+    engine: EngineSide,
+    policy: FrozenPolicy,
+    prompts: list[Tensor],
+    sequences: list[Tensor],
+    *,
+    by_layer: bool,
+) -> None:
+    """Engine against trainer: log-probs of what it samples, its speed, and on request where the two part."""
+    from qerl_rl.verify.engine import added_by_layer, mismatch
+
+    engine.answer(prompts)
+    bars: dict[str, tuple[float | None, bool]] = {
+        "k3_kl": (ENGINE_KL_BAR, False),
+        "pearson": (ENGINE_PEARSON_BAR, True),
+    }
+    for name, value in mismatch(engine, policy, prompts).items():
         kind = name.rpartition("/")[2]
-        bars: dict[str, Any] = {"k3_kl": (ENGINE_KL_BAR, False), "pearson": (ENGINE_PEARSON_BAR, True)}
         bar, at_least = bars.get(kind, (None, True))
-        report.add(Check(f"{kind}, {who}", value, bar=bar, at_least=at_least))
+        report.add(Check(f"{kind}, engine vs trainer", value, bar=bar, at_least=at_least))
     report.add(
-        Check("engine: load time", found.load_seconds, unit="s"),
-        Check("engine: first generation", found.first_speed, unit="tokens/s"),
-        Check("engine: steady generation", found.steady_speed, unit="tokens/s"),
-        *(Check(f"KL added, {who}", value, layer, unit="nats") for layer, value in enumerate(found.added)),
+        Check("engine: load time", engine.load_seconds, unit="s"),
+        Check("engine: first generation", engine.speeds[0], unit="tokens/s"),
+        Check("engine: steady generation", engine.speeds[-1], unit="tokens/s"),
     )
-    if found.added:
-        ranking = sorted(range(len(found.added)), key=lambda layer: -found.added[layer])
-        report.remarks.append(f"layers by what they add between {who}, worst first: {', '.join(map(str, ranking))}")
+    if by_layer:
+        added = added_by_layer(engine, policy, sequences)
+        name = "KL added, engine vs trainer"
+        report.add(*(Check(name, value, layer, unit="nats") for layer, value in enumerate(added)))
+        ranking = sorted(range(len(added)), key=lambda layer: -added[layer])
+        worst = ", ".join(map(str, ranking))
+        report.remarks.append(f"layers by what they add between engine and trainer, worst first: {worst}")

@@ -34,12 +34,13 @@ _FUSED = (
 class Twin:
     """A quantized twin of the HF model `exact`: with weights rounded to `format`, or those of `weights`, another model.
 
-    format: also says how activations are rounded.
+    format: also says how activations are rounded. kept: layers that the twin left as they are.
     """
 
     exact: Any
     format: Format
     weights: Any | None = None
+    kept: frozenset[int] = frozenset()
 
     @property
     def layers(self) -> int:
@@ -51,7 +52,7 @@ class Twin:
         """`exact` with these layers quantized, for as long as the block lasts."""
         originals: list[tuple[Tensor, Tensor]] = []
         try:
-            for index in layers:
+            for index in set(layers) - self.kept:
                 for group in _weights(self.exact, index):
                     originals += [(weight, weight.clone()) for _, weight in group]
                     for (_, weight), rounded in zip(group, self._rounded(index, group), strict=True):

@@ -66,7 +66,7 @@ def trace(model: Any, sequences: Sequence[Tensor]) -> Trace:
     def keep(kind: str, index: int, value: Any) -> None:
         seen.setdefault((kind, index), []).append((value[0] if isinstance(value, tuple) else value)[0])
 
-    hooks = [model.model.norm.register_forward_hook(lambda _, inputs, output: keep("final", 0, output))]
+    hooks = [model.model.norm.register_forward_hook(lambda _, given, output: keep("final", 0, output))]
     for index, layer in enumerate(layers):
         hooks += [
             layer.input_layernorm.register_forward_hook(
