@@ -239,6 +239,10 @@ def _check_dpo(config: Config) -> Fault:
         return key, problem, f"set {key} to 0, and dpo.beta higher to stay closer to the reference"
     if config.noise.enabled:
         return "noise.enabled", "noise.enabled=true, but dpo samples nothing.", "set noise.enabled to false"
+    if config.router_replay.is_on:
+        key = "router_replay.mode"
+        problem = f"{key}={config.router_replay.mode}, but dpo has no rollout whose routing could be replayed."
+        return key, problem, f"set {key} to disabled"
     return None
 
 

@@ -76,9 +76,7 @@ class Collector:
             return None
         finished = [reason != UNFINISHED for reason in self._reasons]
         rows = [partial.routed_experts for partial in self.partials]
-        return [
-            self._no_experts if own is None or not done else own for own, done in zip(rows, finished, strict=True)
-        ]
+        return [self._no_experts if own is None or not done else own for own, done in zip(rows, finished, strict=True)]
 
 
 def _reason(tokens: np.ndarray, budget: int, stop_tokens: Collection[int]) -> str:

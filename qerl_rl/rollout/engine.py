@@ -50,9 +50,9 @@ class GroupOutput:
     tokens that rollout.top_p and rollout.top_k leave; those of a partial response are as they were given.
     finish_reasons: `stop` (end of sequence), `length` or, in a group that is `left`, `unfinished`. left: it was not
     among the quota; each of its samples can go on as a Partial of another request, finished or not.
-    routed_experts: of an engine that records them, uint8 (int16 above 256 experts) [prompt + response - 1, layers, k]: the
-    experts that each layer chose for each token, in the model's numbering; the last token sampled was never computed.
-    No rows [0, layers, k] of an unfinished sample.
+    routed_experts: of an engine that records them, uint8 (int16 above 256 experts) [prompt + response - 1, layers, k]:
+    the experts that each layer chose for each token, in the model's numbering; the last token sampled was never
+    computed. An unfinished sample has no rows.
     """
 
     group: int

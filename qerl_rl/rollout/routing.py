@@ -1,8 +1,8 @@
 """Which experts the engine chose for each token: what the trainer replays (R3, arXiv 2510.11370).
 
-vLLM returns them itself (`enable_return_routed_experts`) where its newer model runner works, which needs Triton; a CPU has
-none. There `record_on_cpu` reads the same hooks of the routers, and hands the rows out through the same field of vLLM's
-outputs, `CompletionOutput.routed_experts`.
+vLLM returns them itself (`enable_return_routed_experts`) where its newer model runner works, which needs Triton; a CPU
+has none. There `record_on_cpu` reads the same hooks of the routers, and hands the rows out through the same field of
+vLLM's outputs, `CompletionOutput.routed_experts`.
 """
 
 from __future__ import annotations
@@ -78,8 +78,10 @@ def no_experts(engine: Any) -> np.ndarray:
 
 
 def record_on_cpu(engine: Any) -> None:
-    """Make a vLLM LLMEngine of this process return the experts of each finished sample, uint8 (uint16 above 256 experts)
-    [prompt + response - 1, layers, top_k]: the last token sampled is never computed.
+    """Make a vLLM LLMEngine of this process return the experts of each finished sample.
+
+    They are uint8 (uint16 above 256 experts) [prompt + response - 1, layers, top_k]: the last token sampled is never
+    computed.
 
     Raises: RuntimeError where this vLLM works otherwise.
     """

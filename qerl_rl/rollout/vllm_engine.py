@@ -34,8 +34,8 @@ class VllmEngine:
 
     Construct it on every rank of tensor_parallel x data_parallel, with the default process group (gloo) initialised and
     RANK and LOCAL_RANK set; a single process needs neither. With expert_parallel, data-parallel ranks step together;
-    without, each of them is an engine of its own. max_length: tokens of prompt and response together. record_routing: give
-    the experts that each token went to (routing replay).
+    without, each of them is an engine of its own. max_length: tokens of prompt and response together.
+    record_routing: outputs say which experts each token went to (routing replay).
     """
 
     def __init__(
