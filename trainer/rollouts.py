@@ -135,10 +135,8 @@ class CarriedRollouts(Rollouts):
             "partial_log_probs": Jagged.from_rows(nothing[1]),
         }
         if self.config.router_replay.is_on:
-            model = self.trainer.plan.architecture
-            no_experts = np.empty(
-                (0, model.layers, model.experts_per_token), column_types(self.config)["routed_experts"]
-            )
+            model, dtype = self.trainer.plan.architecture, column_types(self.config)["routed_experts"]
+            no_experts = np.empty((0, model.layers, model.experts_per_token), dtype)
             partials["partial_routed_experts"] = Jagged.from_rows([no_experts] * samples)
         return {**partials, "ages": np.zeros(samples, np.int32)}
 

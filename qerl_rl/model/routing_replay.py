@@ -39,13 +39,13 @@ class ReplayingMoELayer(MoELayer):
     """Megatron's MoE layer with a `ReplayingRouter`."""
 
     forced: ForcedExperts | None = None
+    moe_layer_recompute: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.router = ReplayingRouter(config=self.config)
         # Megatron's own recomputation would ask the router for the micro-batch that came last.
-        self._recomputes = bool(self.moe_layer_recompute)
-        self.moe_layer_recompute = False
+        self._recomputes, self.moe_layer_recompute = self.moe_layer_recompute, False
 
     def forward(self, hidden_states: torch.Tensor) -> Any:
         forced, whole_layer = self.forced, super().forward
@@ -58,7 +58,7 @@ class ReplayingMoELayer(MoELayer):
 
 
 class ReplayingRouter(TopKRouter):
-    """Megatron's router, whose choice of experts can be replaced; how much each counts is its own and differentiable."""
+    """Megatron's router, whose choice can be replaced; how much each expert counts is its own and differentiable."""
 
     forced: ForcedExperts | None = None
 
