@@ -35,7 +35,7 @@ def routed(samples: Samples, experts: list[np.ndarray]) -> Samples:
 
 
 def random_experts(samples: Samples) -> list[np.ndarray]:
-    """Different experts for every token but the last; none for every fifth sample, and half of the tokens of another."""
+    """Experts for every token but the last; for none of every fifth sample, and for half of another's tokens."""
     generator = np.random.default_rng(8)
     rows = []
     for index, length in enumerate(samples.lengths):
@@ -46,7 +46,7 @@ def random_experts(samples: Samples) -> list[np.ndarray]:
 
 
 def own_experts(engine: Any, samples: Samples) -> list[np.ndarray]:
-    """What the routers of an engine of one rank choose by themselves, the larger weight first; not for the last token."""
+    """What the routers of an engine of one rank choose by themselves, larger weights first; not for the last token."""
     seen: list[torch.Tensor] = []
     routers = [layer.mlp.router for layer in engine.model.decoder.layers]
     hooks = [
