@@ -18,12 +18,10 @@ LAYERS, EXPERTS, TOP_K = 2, 8, 2
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor 2": {"tensor_parallel": 2, "expert_tensor_parallel": 2},
     "expert 2": {"expert_parallel": 2},
-    "pipeline 2": {"pipeline_parallel": 2},
     "pipeline 2, recompute full": {"pipeline_parallel": 2, "recompute": "full"},
     "pipeline 2, recompute selective": {"pipeline_parallel": 2, "recompute": "selective"},
-    "tensor 2, expert 2, recompute selective": {"tensor_parallel": 2, "expert_parallel": 2, "recompute": "selective"},
-    "tensor 2, expert 2, recompute full, allgather": {
-        "tensor_parallel": 2, "expert_parallel": 2, "recompute": "full", "token_dispatcher": "allgather",
+    "tensor 2, expert 2, allgather, recompute selective": {
+        "tensor_parallel": 2, "expert_parallel": 2, "recompute": "selective", "token_dispatcher": "allgather",
     },
 }  # fmt: skip
 SIZES = {"micro_batch_tokens": 40, "quant": "none", "rank": 0, "learning_rate": 0.0}
