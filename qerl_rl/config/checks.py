@@ -91,6 +91,7 @@ def _check_rollouts(config: Config) -> Fault:
         "rollout.ahead": (rollout.ahead, "false"),
         "rollout_correction.rollout_is": (correction.rollout_is != "none", "none"),
         "rollout_correction.bypass_mode": (correction.bypass_mode, "false"),
+        "router_replay.mode": (config.router_replay.is_on, "disabled"),
     }
     reasons = {"dapo": "samples until it has enough", "dpo": "learns from pairs, without a rollout"}
     reason, keys = reasons.get(algorithm.name), list(off) if algorithm.name == "dpo" else list(off)[:2]
@@ -239,10 +240,6 @@ def _check_dpo(config: Config) -> Fault:
         return key, problem, f"set {key} to 0, and dpo.beta higher to stay closer to the reference"
     if config.noise.enabled:
         return "noise.enabled", "noise.enabled=true, but dpo samples nothing.", "set noise.enabled to false"
-    if config.router_replay.is_on:
-        key = "router_replay.mode"
-        problem = f"{key}={config.router_replay.mode}, but dpo has no rollout whose routing could be replayed."
-        return key, problem, f"set {key} to disabled"
     return None
 
 
