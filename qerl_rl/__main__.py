@@ -1,4 +1,4 @@
-"""`python -m qerl_rl make-model ...`: builds the models that the examples train."""
+"""`python -m qerl_rl COMMAND`: builds the models that the examples train (make-model), and checks one (verify)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.quant.formats import FORMATS
+from qerl_rl.verify import command as verify
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code (0, or 2 after a ConfigError, printed as one line on stderr)."""
+    """Run one subcommand; returns its exit code (2 after a ConfigError, which is printed as one line on stderr)."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,12 +32,16 @@ def _parser() -> argparse.ArgumentParser:
 
     tiny = models.add_parser("tiny", help="a small Qwen3-MoE that has half learned arithmetic (about a minute)")
     tiny.add_argument("--seed", type=int, default=1, help="one seed always gives the same model (default 1)")
+    tiny.add_argument(
+        "--format", choices=("none", *FORMATS), default="w8a8", help="none: bfloat16, not quantized (default w8a8)"
+    )
     tiny.set_defaults(run=_make_tiny)
 
     smollm2 = models.add_parser("smollm2-moe", help="SmolLM2-135M-Instruct as a mixture of 4 experts (about a minute)")
     smollm2.set_defaults(run=_make_smollm2_moe)
     for model in (tiny, smollm2):
         model.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
+    verify.add_parser(commands)
     return parser
 
 
@@ -94,9 +99,10 @@ def _make_tiny(options: argparse.Namespace) -> None:
                 bar.start_task(doubt)
                 bar.update(doubt, advance=1, **now)
 
-        made = make_tiny(out, options.seed, report=report)
+        made = make_tiny(out, options.seed, format=options.format, report=report)
+    stored = {"none": "bfloat16", "w8a8": "W8A8 int8"}.get(options.format, options.format)
     console.print(
-        f"Wrote {out}: W8A8 int8 Qwen3-MoE, {SIZES.layers} layers x {SIZES.experts} experts, "
+        f"Wrote {out}: {stored} Qwen3-MoE, {SIZES.layers} layers x {SIZES.experts} experts, "
         f"{made.weight_bytes / 2**20:.1f} MiB; it gets {made.reward_at_start:.0%} of the sums right at temperature 1.",
         soft_wrap=True,
     )

@@ -78,7 +78,7 @@ def off_policy_lines(config: Config) -> list[str]:
     rollout, correction = config.rollout, config.rollout_correction
     older = {"rollout.carry_prompts": rollout.carry_prompts, "rollout.ahead": rollout.ahead}
     keys = [f"{key}={str(value).lower()}" for key, value in older.items() if value]
-    if not keys or correction.rollout_is != "none" or correction.bypass_mode:
+    if not keys or correction.compares or correction.bypass_mode:
         return []
     return [f"{keys[0]}: an older policy draws tokens, uncorrected; rollout_correction.rollout_is: token weighs them"]
 

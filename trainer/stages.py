@@ -12,6 +12,7 @@ from qerl_rl.algorithms.choices import advantages_by_token
 from qerl_rl.algorithms.correction import with_effective_share
 from qerl_rl.algorithms.dapo import kept_samples
 from qerl_rl.algorithms.kl import next_kl_coefficient
+from qerl_rl.algorithms.mismatch import finish_mismatch
 from qerl_rl.algorithms.sequences import sequence_ids, sequence_means
 from qerl_rl.reshard.ledger import REWARD_MODEL
 from trainer.base import Trainer
@@ -63,7 +64,8 @@ class PolicyTrainer(Trainer):
         """Old and reference log-probs of what the step learns from."""
         with self.recorder.phase("log_probs"):
             results = self.run_stage("log_probs", step, step)
-            return with_effective_share(token_weighted([result for result in results if result]))
+            found = token_weighted([result for result in results if result])
+            return finish_mismatch(with_effective_share(found))
 
     def advantages(self, step: int) -> dict[str, float]:
         """An advantage a token, from what the samples earned."""

@@ -22,7 +22,6 @@ from workers.batches import group_requests, to_samples
 
 if TYPE_CHECKING:
     from qerl_rl.algorithms.grpo import LossFunction
-    from qerl_rl.config.schema import RolloutCorrectionConfig
     from qerl_rl.rollout.engine import GroupOutput
     from qerl_rl.train.engine import TrainEngine
     from qerl_rl.train.model_engine import ModelEngine
@@ -92,6 +91,7 @@ class ActorHybridWorker:
             self.config.lora,
             max_length=self.config.model.max_length,
             seed=self.config.run.seed,
+            record_routing=self.config.router_replay.is_on,
         )
         self.swap = Swap(self.train, self.rollout, self.config.swap, self.config.noise, self.config.run, beside)
         self._generation: BackgroundJob[dict[str, Any]] = BackgroundJob("generation")
@@ -210,6 +210,7 @@ class ActorHybridWorker:
         if reference is None:
             return {}
         from qerl_rl.algorithms.mismatch import noise_mismatch
+        from workers.comparison import comparison
 
         rollout_rows = list(batch.columns["rollout_log_probs"].rows())
         old_rows = rollout_rows if old is None else old.log_probs
@@ -218,12 +219,12 @@ class ActorHybridWorker:
             "reference_log_probs": Jagged.from_rows(reference.log_probs),
         }
         dock.put(columns, batch.keys)
-        metrics = {"tokens": float(samples.response_tokens)}
+        metrics = {"tokens": float(samples.response_tokens), **(old or reference).router_replay}
         if self.config.noise.enabled:
             metrics["noise/sigma"] = self.swap.noise_of(step).sigma
         if old is not None and clean is not None:
             metrics["entropy"] = float(np.concatenate(old.entropy).mean())
-            metrics |= mismatch_metrics(rollout_rows, old_rows, self.config.rollout_correction)
+            metrics |= comparison(rollout_rows, old_rows, self.config.rollout_correction)
             metrics |= noise_mismatch(old_rows, clean.log_probs) if noise.sigma else {}
         return metrics
 
@@ -265,7 +266,7 @@ class ActorHybridWorker:
         algorithm = dataclasses.replace(self.config.algorithm, kl_coefficient=kl_coefficient)
         loss_function = grpo_loss(algorithm, self.config.rollout_correction)
         columns = ["old_log_probs", "reference_log_probs", "advantages"]
-        if self.config.rollout_correction.rollout_is != "none":
+        if self.config.rollout_correction.compares:
             columns.append("rollout_log_probs")
         return self._updates(batches, step, columns, loss_function, self.config.algorithm.loss_aggregation)
 
@@ -342,11 +343,13 @@ def seed_global_generators(seed: int, rank: int) -> None:
 def put_responses(dock: TransferDock, keys: list[SampleKey], output: GroupOutput) -> None:
     """Write one group into the dock, as finished or as left for the next step."""
     responses, log_probs = Jagged.from_rows(output.responses), Jagged.from_rows(output.log_probs)
+    routed = {} if output.routed_experts is None else {"routed_experts": Jagged.from_rows(output.routed_experts)}
     if output.left:
-        dock.put({"left_responses": responses, "left_log_probs": log_probs}, keys)
+        left = {f"left_{name}": column for name, column in routed.items()}
+        dock.put({"left_responses": responses, "left_log_probs": log_probs, **left}, keys)
         return
     truncated = np.array([reason == "length" for reason in output.finish_reasons], dtype=np.float32)
-    dock.put({"responses": responses, "rollout_log_probs": log_probs, "truncated": truncated}, keys)
+    dock.put({"responses": responses, "rollout_log_probs": log_probs, "truncated": truncated, **routed}, keys)
 
 
 def ages_of(prompts: Batch | None, keys: Sequence[SampleKey]) -> list[int]:
@@ -355,22 +358,3 @@ def ages_of(prompts: Batch | None, keys: Sequence[SampleKey]) -> list[int]:
         return []
     ages = dict(zip(prompts.keys, prompts.columns["ages"].tolist(), strict=True))
     return [ages[key] for key in keys]
-
-
-def mismatch_metrics(
-    rollout: Sequence[np.ndarray], old: Sequence[np.ndarray], correction: RolloutCorrectionConfig
-) -> dict[str, float]:
-    """How far engine and trainer are apart on their response tokens, and the importance weights that follow."""
-    import torch
-
-    from qerl_rl.algorithms.correction import importance_ratios, weight_metrics
-    from qerl_rl.algorithms.mismatch import rollout_mismatch
-    from qerl_rl.algorithms.sequences import sequence_ids
-
-    metrics = rollout_mismatch(rollout, old)
-    if correction.rollout_is != "none":
-        ids = sequence_ids(torch.tensor([len(row) for row in old]))
-        trained, sampled = (torch.from_numpy(np.concatenate(rows)) for rows in (old, rollout))
-        ratios = importance_ratios(trained, sampled, ids, level=correction.rollout_is)
-        metrics |= weight_metrics(ratios, correction.rollout_is_threshold)
-    return metrics

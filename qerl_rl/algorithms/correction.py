@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from qerl_rl.algorithms.losses import LOG_RATIO_LIMIT
-from qerl_rl.algorithms.sequences import sequence_sums
+from qerl_rl.algorithms.rejection import kept_tokens
+from qerl_rl.algorithms.sequences import sequence_count, sequence_sums
 from qerl_rl.config.learning_schema import RolloutCorrectionConfig
 
 TOKEN, SEQUENCE = "token", "sequence"
@@ -29,45 +31,64 @@ def importance_ratios(old_log_probs: Tensor, rollout_log_probs: Tensor, sequence
     """
     log_ratios = (old_log_probs - rollout_log_probs).detach()
     if level == SEQUENCE:
-        count = int(sequence_ids.max()) + 1 if len(sequence_ids) else 0
-        log_ratios = sequence_sums(log_ratios, sequence_ids, count)[sequence_ids]
+        log_ratios = sequence_sums(log_ratios, sequence_ids, sequence_count(sequence_ids))[sequence_ids]
     elif level != TOKEN:
         raise ValueError(f"level {level!r} is neither {TOKEN} nor {SEQUENCE}")
     return log_ratios.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
-def truncated(ratios: Tensor, threshold: float) -> Tensor:
-    """min(w, threshold): truncated importance sampling, the rho of IMPALA (arXiv 1802.01561, eq. 1). [T] to [T]."""
-    return ratios.clamp(max=threshold)
+def limited(ratios: Tensor, low: float, high: float) -> Tensor:
+    """The weights that importance ratios count with: [T] to [T].
+
+    low 0: min(w, high), truncated importance sampling, the rho of IMPALA (arXiv 1802.01561, eq. 1). low above 0: w
+    inside [low, high] and 0 outside, the masking of IcePop (Ling Team, "Every Step Evolves", arXiv 2510.18855): a token
+    on which the engines differ that much teaches nothing.
+    """
+    if low == 0.0:
+        return ratios.clamp(max=high)
+    return torch.where((ratios >= low) & (ratios <= high), ratios, 0.0)
 
 
 def corrected_weights(
-    token_weights: Tensor, columns: Mapping[str, Tensor], correction: RolloutCorrectionConfig
-) -> Tensor:
-    """What each token's policy loss counts: token_weights [T] times its truncated importance weight.
+    log_probs: Tensor, columns: Mapping[str, Tensor], token_weights: Tensor, correction: RolloutCorrectionConfig
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What each token counts in an update: (in the policy loss [T], in its other terms [T], metrics).
 
-    With correction.rollout_is == "none" they are what was given. Otherwise it needs the columns `old_log_probs`,
-    `rollout_log_probs` and `sequence_ids`, [T] each.
+    Rejected tokens (`qerl_rl.algorithms.rejection`) count nothing in either; the importance weight is on the policy
+    loss alone. Neither changes what sums are divided by, so that a step with everything rejected has the loss 0.
+    Metrics, sums over the tokens: `rollout_correction/rs_masked`, tokens rejected, where something can be.
+
+    Args: log_probs [T] of the policy that is updated. columns: `old_log_probs`, `rollout_log_probs` and
+        `sequence_ids`, [T] each, where correction.compares. In bypass_mode, where the old log-probs are the engine's,
+        rejection compares the updated policy with it (as verl does).
     """
+    if not correction.compares:
+        return token_weights, token_weights, {}
+    rollout, ids = columns["rollout_log_probs"], columns["sequence_ids"]
+    learner = log_probs.detach() if correction.bypass_mode else columns["old_log_probs"]
+    metrics: dict[str, Tensor] = {}
+    if correction.rejects:
+        kept = kept_tokens(learner, rollout, ids, correction)
+        token_weights = token_weights * kept
+        metrics[f"{SECTION}/rs_masked"] = (~kept).to(token_weights.dtype).sum()
     if correction.rollout_is == "none":
-        return token_weights
-    ratios = importance_ratios(
-        columns["old_log_probs"], columns["rollout_log_probs"], columns["sequence_ids"], level=correction.rollout_is
-    )
-    return token_weights * truncated(ratios, correction.rollout_is_threshold)
+        return token_weights, token_weights, metrics
+    ratios = importance_ratios(learner, rollout, ids, level=correction.rollout_is)
+    return token_weights * limited(ratios, *correction.is_band), token_weights, metrics
 
 
-def weight_metrics(ratios: Tensor, threshold: float) -> dict[str, float]:
-    """Of importance ratios [T]: mean, mean square and largest of the truncated weights, and the share cut off.
+def weight_metrics(ratios: Tensor, low: float, high: float) -> dict[str, float]:
+    """Of importance ratios [T]: mean, mean square and largest of the limited weights, and the share that was changed.
 
-    Names begin with `rollout_correction/`: `is_mean`, `is_square_mean`, `is_max`, `is_clipped`.
+    Names begin with `rollout_correction/`: `is_mean`, `is_square_mean`, `is_max`, `is_clipped` (outside the band; with
+    low 0, above the threshold).
     """
-    weights = truncated(ratios.double(), threshold)
+    weights = limited(ratios.double(), low, high)
     found = {
         "is_mean": weights.mean(),
         "is_square_mean": weights.square().mean(),
         "is_max": weights.max(),
-        "is_clipped": (ratios > threshold).double().mean(),
+        "is_clipped": ((ratios > high) | (ratios < low)).double().mean(),
     }
     return {f"{SECTION}/{name}": float(value) for name, value in found.items()}
 

@@ -18,10 +18,11 @@ LossFunction = Callable[[Tensor, Tensor, Mapping[str, Tensor], Tensor], tuple[Te
 def grpo_loss(config: AlgorithmConfig, correction: RolloutCorrectionConfig | None = None) -> LossFunction:
     """The loss of GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3), as a function of the tokens of one micro-batch.
 
-    loss = sum_t w_t (c_t policy loss_t + kl_coefficient * KL_t - entropy_coefficient * H_t)
+    loss = sum_t w_t m_t (c_t policy loss_t + kl_coefficient * KL_t - entropy_coefficient * H_t)
 
-    c_t is the importance weight that `correction` asks for (`qerl_rl.algorithms.correction`), 1 without. config.loss
-    names the policy loss. With config.kl_in == "reward" the KL is in the advantages and not here.
+    c_t is the importance weight that `correction` asks for (`qerl_rl.algorithms.correction`), and m_t is 0 for the
+    tokens that it rejects; both are 1 without. config.loss names the policy loss. With config.kl_in == "reward" the KL
+    is in the advantages and not here.
     It needs the columns `old_log_probs` and `advantages`; gspo also `sequence_ids`, a correction these and
     `rollout_log_probs`; `reference_log_probs` only for a KL in the loss, but reports `kl/reference` whenever that
     column is there. Metrics are sums over tokens, not weighted: those of the policy loss, `entropy` (nats) and
@@ -32,8 +33,8 @@ def grpo_loss(config: AlgorithmConfig, correction: RolloutCorrectionConfig | Non
     kl_coefficient = config.kl_coefficient if config.kl_in == "loss" else 0.0
     needed = ["old_log_probs", "advantages"]
     needed += ["reference_log_probs"] if kl_coefficient else []
-    needed += ["rollout_log_probs"] if correction.rollout_is != "none" else []
-    needed += ["sequence_ids"] if config.loss == "gspo" or correction.rollout_is != "none" else []
+    needed += ["rollout_log_probs"] if correction.compares else []
+    needed += ["sequence_ids"] if config.loss == "gspo" or correction.compares else []
 
     def loss_function(
         log_probs: Tensor, entropy: Tensor, columns: Mapping[str, Tensor], token_weights: Tensor
@@ -41,7 +42,9 @@ def grpo_loss(config: AlgorithmConfig, correction: RolloutCorrectionConfig | Non
         missing = [name for name in needed if name not in columns]
         if missing:
             raise ValueError(f"the {config.loss} loss needs the columns {missing}, got {sorted(columns)}")
-        loss, metrics = policy_loss(log_probs, columns, corrected_weights(token_weights, columns, correction), config)
+        policy_weights, token_weights, rejected = corrected_weights(log_probs, columns, token_weights, correction)
+        loss, metrics = policy_loss(log_probs, columns, policy_weights, config)
+        metrics |= rejected
         metrics["entropy"] = entropy.detach().sum()
         if config.entropy_coefficient:
             loss = loss - config.entropy_coefficient * (token_weights * entropy).sum()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qerl_rl.algorithms.sequences import sequence_means
+from qerl_rl.algorithms.sequences import sequence_count, sequence_means
 
 LOG_RATIO_LIMIT = 20.0
 """|log ratio| beyond which exp() is cut off, so that one absurd token gives a large loss, not inf and then nan."""
@@ -88,8 +88,8 @@ def sequence_policy_loss(
     Returns: (scalar loss, metrics); `ratio` is that of the sequence, on each token.
     """
     log_ratio = (log_probs - old_log_probs).detach()
-    count = int(sequence_ids.max()) + 1 if len(sequence_ids) else 0
-    mean = sequence_means(log_ratio, sequence_ids, count).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)[sequence_ids]
+    mean = sequence_means(log_ratio, sequence_ids, sequence_count(sequence_ids))[sequence_ids]
+    mean = mean.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = (mean + log_probs - log_probs.detach()).exp()
     token_losses, clipped = _surrogate(ratio, advantages, clip_low, clip_high)
     limited = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)

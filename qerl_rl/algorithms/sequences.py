@@ -16,6 +16,11 @@ def sequence_ids(lengths: Tensor) -> Tensor:
     return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
 
 
+def sequence_count(ids: Tensor) -> int:
+    """Sequences that ids int [T], counted from 0, name."""
+    return int(ids.max()) + 1 if len(ids) else 0
+
+
 def sequence_sums(values: Tensor, ids: Tensor, count: int) -> Tensor:
     """Sum of values [T] over each of `count` sequences, ids int [T]: [count], 0 where a sequence has no token."""
     return values.new_zeros(count).index_add(0, ids, values)

@@ -46,4 +46,4 @@ AT_LEAST = {
 
 POSITIVE = """eval.temperature critic.value_clip dpo.beta
 lora.alpha rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
-fault.rollout_timeout_s fault.train_timeout_s train.adam_eps rollout_correction.rollout_is_threshold"""
+fault.rollout_timeout_s fault.train_timeout_s train.adam_eps"""

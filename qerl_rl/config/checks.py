@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from qerl_rl.config.bounds import AT_LEAST, CHOICES, POSITIVE
+from qerl_rl.config.correction_checks import Fault, correction_fault
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import Config
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "mse")
 Locate = Callable[[str], str]
-Fault = tuple[str, str, str] | None
-"""The key at fault, the problem, the fix."""
 
 
 def check_config(config: Config, locate: Locate) -> None:
@@ -90,7 +89,10 @@ def _check_rollouts(config: Config) -> Fault:
         "rollout.carry_prompts": (rollout.carry_prompts, "0"),
         "rollout.ahead": (rollout.ahead, "false"),
         "rollout_correction.rollout_is": (correction.rollout_is != "none", "none"),
+        "rollout_correction.rollout_rs": (correction.rollout_rs != "none", "none"),
+        "rollout_correction.rollout_token_veto_threshold": (correction.rollout_token_veto_threshold, "0"),
         "rollout_correction.bypass_mode": (correction.bypass_mode, "false"),
+        "router_replay.mode": (config.router_replay.is_on, "disabled"),
     }
     reasons = {"dapo": "samples until it has enough", "dpo": "learns from pairs, without a rollout"}
     reason, keys = reasons.get(algorithm.name), list(off) if algorithm.name == "dpo" else list(off)[:2]
@@ -111,11 +113,11 @@ def _check_rollouts(config: Config) -> Fault:
         problem = f"{problem} rollout.data_parallel={rollout.data_parallel} engines, as {key} needs it."
         fix = f"set algorithm.prompts_per_step to a multiple of {rollout.data_parallel}, or {key} to 0"
         return "algorithm.prompts_per_step", problem, fix
-    if correction.bypass_mode and correction.rollout_is != "none":
-        key = "rollout_correction.rollout_is"
-        problem = f"{key}={correction.rollout_is}, but with rollout_correction.bypass_mode all weights are 1."
-        return key, problem, f"set {key} to none, or rollout_correction.bypass_mode to false"
     return None
+
+
+def _check_correction(config: Config) -> Fault:
+    return correction_fault(config.rollout_correction)
 
 
 def _check_noise(config: Config) -> Fault:
@@ -311,6 +313,7 @@ CHECKS = (
     _check_train_layout,
     _check_rollout_layout,
     _check_rollouts,
+    _check_correction,
     _check_noise,
     _check_batches,
     _check_algorithm,

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qerl_rl.config.correction_schema import RolloutCorrectionConfig
+
+__all__ = [
+    "AlgorithmConfig",
+    "CriticConfig",
+    "DpoConfig",
+    "RewardConfig",
+    "RewardModelConfig",
+    "RolloutCorrectionConfig",
+]
+
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
@@ -89,18 +100,6 @@ class DpoConfig:
     """Weight of the KL to the reference that the loss stands for; larger stays closer."""
     flip_probability: float = 0.1
     """Share of pairs whose label is taken to be wrong, in cdpo."""
-
-
-@dataclass(frozen=True)
-class RolloutCorrectionConfig:
-    """What makes up for tokens that another policy sampled than the one that learns (names as in verl)."""
-
-    rollout_is: str = "none"
-    """none, or the importance weight p_trainer / p_rollout of each token, or of each sequence: token or sequence."""
-    rollout_is_threshold: float = 2.0
-    """The importance weight counts up to this (truncated importance sampling)."""
-    bypass_mode: bool = False
-    """Take the engine's log-probs for the old ones: the loss then clips the ratio to what sampled the tokens."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ class KeyLocations:
     def __init__(self, path: Path, overrides: Sequence[str]) -> None:
         self._path = path
         self._lines: dict[str, int] = {}
-        self._overridden = {override.partition("=")[0] for override in overrides}
+        self._texts: dict[str, str] = {}
+        self._overridden = {key: text for key, _, text in (override.partition("=") for override in overrides)}
         root = yaml.compose(path.read_text(encoding="utf-8"))
         if root is not None:
             self._walk(root, "")
@@ -33,12 +34,18 @@ class KeyLocations:
         for key, value in node.value:
             name = f"{prefix}{key.value}"
             self._lines[name] = key.start_mark.line + 1
+            if isinstance(value, yaml.ScalarNode):
+                self._texts[name] = value.value
             self._walk(value, f"{name}.")
 
     def __call__(self, key: str) -> str:
         if key in self._overridden:
             return "command line"
         return f"{self._path}:{self._lines[key]}" if key in self._lines else str(self._path)
+
+    def as_written(self, key: str) -> str | None:
+        """The characters that a key was set to, without quotes; None where that is no plain value."""
+        return self._overridden.get(key, self._texts.get(key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +140,10 @@ def _value(hint: Any, value: Any, name: str, locate: KeyLocations) -> Any:
         return _build(hint, value, f"{name}.", locate)
     if hint is str and value is None:
         return ""
+    if hint is str and type(value) in (int, float):
+        # YAML drops underscores from numbers: the band 0.5_5 would arrive as 0.55.
+        text = locate.as_written(name)
+        return str(value) if text is None or "${" in text else text
     if hint in (dict[str, str], dict[str, float]):
         if not isinstance(value, dict):
             raise ConfigError(

@@ -1,9 +1,10 @@
-"""The quickstart's model: a small Qwen3-MoE that has half learned to add and subtract, in W8A8."""
+"""The quickstart's model: a small Qwen3-MoE that has half learned to add and subtract, by default in W8A8."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,12 @@ NOTE_NAME = "qerl_rl.json"
 _CHECK_PROBLEMS = 512
 # Warm-start batches have seeds from 0 up; the problems that measure the result come from elsewhere.
 _CHECK_SEED = 1_000_000_007
+
+
+def copy_checkpoint(source: str | Path, out: Path) -> int:
+    """All files of `source` to `out`; returns the bytes of its weights."""
+    shutil.copytree(source, out, dirs_exist_ok=True)
+    return sum(file.stat().st_size for file in out.glob("*.safetensors"))
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,15 @@ def make_tiny(
     out: Path,
     seed: int = 1,
     *,
+    format: str = "w8a8",
     sizes: MoeSizes = SIZES,
     settings: WarmStart | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> TinyModel:
     """Build, warm-start and quantize the model into folder `out`; one seed always gives the same files.
 
-    Takes about a minute on one core. Raises: RuntimeError when the warm start does not reach its target.
+    Takes about a minute on one core. Args: format: a quant.format; none leaves the weights in bfloat16, of which the
+    others are roundings. Raises: RuntimeError when the warm start does not reach its target.
     """
     tokenizer = character_tokenizer()
     model = build_moe("qwen3_moe", sizes, tokenizer, seed)
@@ -83,7 +92,10 @@ def make_tiny(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".unquantized-") as unquantized:
         save_model(model, tokenizer, Path(unquantized))
-        weight_bytes = quantize_checkpoint(unquantized, out, "w8a8")
+        if format == "none":
+            weight_bytes = copy_checkpoint(unquantized, out)
+        else:
+            weight_bytes = quantize_checkpoint(unquantized, out, format)
     made = TinyModel("arithmetic", seed, stopped.step, accuracy, weight_bytes)
     (out / NOTE_NAME).write_text(json.dumps(asdict(made), indent=2) + "\n")
     return made

@@ -51,7 +51,7 @@ def test_ratios_and_their_metrics_of_hand_computed_tokens():
     torch.testing.assert_close(by_token, doubles(2.0, 0.5, 3.0, 1.0))
     torch.testing.assert_close(importance_ratios(old, rollout, ids, level="sequence"), doubles(1.0, 1.0, 3.0, 3.0))
     # Truncated at 2: 2, 0.5, 2, 1.
-    metrics = with_effective_share(weight_metrics(by_token, 2.0) | {"other": 1.0})
+    metrics = with_effective_share(weight_metrics(by_token, 0.0, 2.0) | {"other": 1.0})
     assert metrics == pytest.approx(
         {
             "rollout_correction/is_mean": 5.5 / 4,
@@ -97,7 +97,7 @@ def test_weights_scale_the_policy_loss_only_and_up_to_the_threshold():
     columns["rollout_log_probs"] = log_probs - doubles(4.0, 0.5, 1.5).log()
     columns["advantages"] = doubles(1.0, 1.0, -2.0)
     weights = torch.ones(3).double()
-    correction = RolloutCorrectionConfig(rollout_is="token", rollout_is_threshold=2.0)
+    correction = RolloutCorrectionConfig(rollout_is="token", rollout_is_threshold="2.0")
     corrected, _ = grpo_loss(AlgorithmConfig(), correction)(log_probs, entropy, columns, weights)
     # At ratio 1 a token's loss is -A.
     assert corrected.item() == pytest.approx(-2.0 * 1.0 - 0.5 * 1.0 + 1.5 * 2.0)
@@ -144,7 +144,7 @@ def test_untruncated_sequence_weights_make_the_off_policy_gradient_exact_in_expe
     rewards = torch.randn(VOCABULARY, VOCABULARY, generator=generator, dtype=torch.float64)
 
     def correction(level, threshold=UNBOUNDED):
-        return RolloutCorrectionConfig(rollout_is=level, rollout_is_threshold=threshold)
+        return RolloutCorrectionConfig(rollout_is=level, rollout_is_threshold=str(threshold))
 
     exact = expected_gradient(policy, policy, rewards, RolloutCorrectionConfig())
     torch.testing.assert_close(expected_gradient(policy, sampler, rewards, correction("sequence")), exact)

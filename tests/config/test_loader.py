@@ -33,6 +33,18 @@ def test_file_overrides_and_defaults_merge(tmp_path):
     assert loaded.config.rollout == Config().rollout
 
 
+def test_a_band_keeps_its_underscore_which_yaml_drops_from_numbers(tmp_path):
+    text = VALID + "rollout_correction: {rollout_is_threshold: 0.5_5, rollout_rs: token_k1}\n"
+    loaded = load_config(write(tmp_path, text), ["rollout_correction.rollout_rs_threshold=1_3"])
+    check_config(loaded.config, loaded.locate)
+    correction = loaded.config.rollout_correction
+    assert correction.is_band == (0.5, 5.0)
+    assert correction.rs_bands == (("token_k1", 1.0, 3.0),)
+    assert load_config(write(tmp_path, to_yaml(loaded.config))).config == loaded.config
+    interpolated = load_config(write(tmp_path, VALID + "rollout_correction: {rollout_is_threshold: '${run.steps}'}\n"))
+    assert interpolated.config.rollout_correction.is_band == (0.0, 3.0)
+
+
 def test_interpolation_resolves(tmp_path):
     path = write(tmp_path, VALID + "checkpoint: {every: '${run.steps}'}\n")
     assert load_config(path).config.checkpoint.every == 3
@@ -191,8 +203,48 @@ def test_a_single_reward_weighs_one_and_exact_is_the_default(tmp_path):
         (["rollout.carry_prompts=2", "algorithm.name=dpo"], "without a rollout", "rollout.carry_prompts to 0"),
         (["rollout.ahead=true", "algorithm.name=dpo"], "without a rollout", "rollout.ahead to false"),
         (["rollout_correction.rollout_is=token", "algorithm.name=dpo"], "without a rollout", "to none"),
+        (
+            ["router_replay.mode=R3", "algorithm.name=dpo"],
+            "router_replay.mode=R3, but algorithm.name=dpo learns from pairs, without a rollout",
+            "set router_replay.mode to disabled",
+        ),
+        (["router_replay.mode=R2"], "router_replay.mode=R2 is unknown", "disabled or R3"),
         (["rollout_correction.rollout_is=tokens"], "rollout_correction.rollout_is=tokens is unknown", "none or token"),
-        (["rollout_correction.rollout_is_threshold=0"], "rollout_is_threshold=0.0 is not positive", "above 0"),
+        (["rollout_correction.rollout_is_threshold=0"], "=0 is neither a positive number nor a band", "0.5_5.0"),
+        (["rollout_correction.rollout_is_threshold=2_1"], "the band's first number is above its second", "0.5_5.0"),
+        (["rollout_correction.rollout_is_threshold=high"], "=high is neither a number nor a band", "such as 2.0"),
+        (["rollout_correction.rollout_rs=geometric"], "'geometric' is none of token_k1", "such as seq_mean_k3"),
+        (
+            ["rollout_correction.rollout_rs=seq_mean_k3"],
+            "=(empty) is neither a number",
+            "threshold to 0.5_2",
+        ),
+        (
+            ["rollout_correction.rollout_rs=seq_mean_k3", "rollout_correction.rollout_rs_threshold=0.1_0.2"],
+            "seq_mean_k3 takes one number",
+            "a number for others",
+        ),
+        (
+            ["rollout_correction.rollout_rs=seq_mean_k1", "rollout_correction.rollout_rs_threshold=0.9"],
+            "a band from 1 / 0.9 to 0.9 holds nothing",
+            "0.5_2.0 for k1",
+        ),
+        (
+            ["rollout_correction.rollout_rs='token_k1,token_k3'", "rollout_correction.rollout_rs_threshold='1,2,3'"],
+            "has 3 values, but rollout_rs 2 criteria",
+            "rollout_rs_threshold",
+        ),
+        (["rollout_correction.rollout_rs_threshold=0.1"], "rollout_rs=none rejects nothing", "leave"),
+        (["rollout_correction.rollout_token_veto_threshold=1.5"], "would reject what both engines agree", "1e-4"),
+        (
+            [
+                "rollout_correction.rollout_rs=seq_mean_k3",
+                "rollout_correction.rollout_rs_threshold=1",
+                "algorithm.name=dpo",
+            ],
+            "without a rollout",
+            "rollout_rs to none",
+        ),
         (
             ["rollout_correction.rollout_is=token", "rollout_correction.bypass_mode=true"],
             "with rollout_correction.bypass_mode all weights are 1",

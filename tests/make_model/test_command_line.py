@@ -47,7 +47,7 @@ def test_wrong_usage_exits_with_code_2(arguments: list[str], capsys: pytest.Capt
 def test_tiny_reports_both_phases_and_ends_with_what_was_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def quick(out: Path, seed: int, *, report) -> tiny.TinyModel:
+    def quick(out: Path, seed: int, *, format, report) -> tiny.TinyModel:
         report(Progress("skill", 1, 2.0, 0.7))
         report(Progress("doubt", 2, 1.0, 0.3))
         return tiny.TinyModel("arithmetic", seed, 2, 0.31, 3 << 20)

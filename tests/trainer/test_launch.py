@@ -17,7 +17,9 @@ from transfer_dock.arena import SHARED_MEMORY, sweep
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = {
-    "step", "reward/mean", "reward/std", "entropy", "kl/reference", "mismatch/kl", "time/rollout_s", "time/swap_s",
+    "step", "reward/mean", "reward/std", "entropy", "kl/reference", "rollout_vs_train/kl", "rollout_vs_train/k3_kl",
+    "rollout_vs_train/prob_diff_mean", "rollout_vs_train/prob_diff_max", "rollout_vs_train/pearson",
+    "rollout_vs_train/ess", "rollout_vs_train/ppl_ratio", "time/rollout_s", "time/swap_s",
     "time/reward_s", "time/log_probs_s", "time/update_s", "time/total_s", "tokens_per_s/rollout", "tokens_per_s/train",
     "memory/peak_bytes",
 }  # fmt: skip
@@ -52,6 +54,7 @@ ALGORITHMS = {
         "noise.exempt_router=true",
         "algorithm.name=dapo",
         "algorithm.sampling_rounds=2",
+        "router_replay.mode=R3",
     ],
 }
 EVALUATION = {
@@ -131,9 +134,13 @@ def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layo
         assert [step["noise/sigma"] for step in steps] == [0.0, 1e-2]
         assert steps[1]["noise/kl"] > 0
         assert "noise/kl" not in steps[0]
+        assert [step["router_replay/missing"] for step in steps] == [0.0, 0.0]
+        assert all(0.0 < step["router_replay/changed"] < 0.2 for step in steps)
         # Some groups earn the same throughout; new prompts take their place once.
         assert all(8 < step["sampling/groups"] <= 16 for step in steps)
         assert all(step["reward/mean"] >= step["sampling/reward_mean"] for step in steps)
+    else:
+        assert not [name for name in steps[0] if name.startswith("router_replay/")]
     assert_ledger(tmp_path)
     assert_export_loads(tmp_path)
     assert_nothing_is_left(tmp_path)

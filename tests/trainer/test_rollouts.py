@@ -24,7 +24,10 @@ SIZES = [
 ]
 WAYS = {
     # Prompts begin a few at a time, so that their samples do not end together and some are cut in the middle.
-    "partial_rollout": [f"rollout.carry_prompts={MORE}", "rollout.max_sequences=10", "rollout.max_batched_tokens=64"],
+    "partial_rollout": [
+        *(f"rollout.carry_prompts={MORE}", "rollout.max_sequences=10", "rollout.max_batched_tokens=64"),
+        "router_replay.mode=R3",
+    ],
     "one_step_off": ["noise.enabled=true", "noise.stages=2"],
 }
 
@@ -86,6 +89,14 @@ def test_carried_samples_are_counted_once_and_grow_no_older_than_they_may(straig
     assert steps[3]["rollout_correction/ess"] < 1
 
 
+def test_every_token_that_a_step_learns_from_goes_where_the_engine_sent_it(straight):
+    """Also those of samples that were finished in an earlier step, which the engine does not see again."""
+    steps = rows(straight("partial_rollout") / "metrics.jsonl")
+    assert any(step["rollout/age_max"] > 0 for step in steps)
+    assert all(step["router_replay/missing"] == 0.0 for step in steps)
+    assert all(0.0 < step["router_replay/changed"] < 0.2 for step in steps)
+
+
 def test_one_step_ahead_keeps_both_engines_in_memory_and_still_evaluates(straight):
     folder = straight("one_step_off")
     steps, ledger = rows(folder / "metrics.jsonl"), rows(folder / "swaps.jsonl")
@@ -96,8 +107,8 @@ def test_one_step_ahead_keeps_both_engines_in_memory_and_still_evaluates(straigh
         assert min(held["train/parameters"], held["train/gradients"], held["rollout/kv_cache"]) > 0
         assert row["released_bytes"] == {}
     # The first step learns from its own policy, later ones from the one before: further from what sampled.
-    assert min(step["mismatch/kl"] for step in steps[1:]) > 0
-    assert steps[4]["mismatch/kl"] > 2 * steps[0]["mismatch/kl"]
+    assert min(step["rollout_vs_train/k3_kl"] for step in steps[1:]) > 0
+    assert steps[4]["rollout_vs_train/k3_kl"] > 2 * steps[0]["rollout_vs_train/k3_kl"]
 
 
 def test_an_uncorrected_run_says_so_and_names_the_key():
