@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 
 from qerl_rl.quant.base import Format, Part, Parts, largest_of_groups, library_scales
-from qerl_rl.quant.nibbles import pack_nibbles, unpack_nibbles
+from qerl_rl.quant.nibbles import look_up, pack_nibbles, table_of_pairs
 
-DEFAULT_GROUP = 128
+_TABLES = {
+    dtype: table_of_pairs(torch.arange(-8.0, 8.0).to(dtype)) for dtype in (torch.bfloat16, torch.float16, torch.float32)
+}
+"""What nibbles stand for, by the dtype of the scales."""
 
 
 class _Int4(Format):
@@ -32,16 +35,13 @@ class _Int4(Format):
     def steps(self, parts: Parts) -> torch.Tensor:
         return parts["_scale"].float()
 
-    def _rounded(self, weight: torch.Tensor, scales: Parts) -> torch.Tensor:
-        """int8 [..., N, K] from -8 to 7."""
-        steps = self.steps(scales)[..., None]
-        groups = weight.detach().float().unflatten(-1, (steps.shape[-2], -1))
-        return groups.div(steps).round_().clamp_(-8, 7).to(torch.int8).flatten(-2)
+    def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.clamp_(-8, 7).round_().to(torch.int8)
 
-    def _multiplied(self, rounded: torch.Tensor, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+    def _multiplied(self, values: torch.Tensor, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        """Values [..., N, K] in the scale's dtype, which are overwritten, times their scales."""
         scale = parts["_scale"][..., None]
-        groups = rounded.unflatten(-1, (scale.shape[-2], -1)).to(scale.dtype)
-        return groups.mul_(scale).flatten(-2).to(dtype)
+        return values.unflatten(-1, (scale.shape[-2], -1)).mul_(scale).flatten(-2).to(dtype)
 
 
 class W4A16(_Int4):
@@ -53,13 +53,12 @@ class W4A16(_Int4):
         super().__init__(group_size)
         self.parts = (Part("_packed", torch.int32, 8), self._scale_part)
 
-    def encode(self, weight: torch.Tensor, scales: Parts) -> dict[str, torch.Tensor]:
-        codes = (self._rounded(weight, scales) + 8).view(torch.uint8)
-        return {"_packed": pack_nibbles(codes).view(torch.int32), **scales}
+    def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
+        return pack_nibbles(super()._rounded(scaled).add_(8).view(torch.uint8)).view(torch.int32)
 
     def dequantize(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        codes = unpack_nibbles(parts["_packed"].contiguous().view(torch.uint8)).view(torch.int8)
-        return self._multiplied(codes - 8, parts, dtype)
+        packed, scale = parts["_packed"].contiguous().view(torch.uint8), parts["_scale"]
+        return self._multiplied(look_up(packed, _TABLES[scale.dtype], scale.dtype), parts, dtype)
 
     def described(self, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
         return {"_shape": torch.tensor(shape)}
@@ -74,8 +73,5 @@ class W4A8(_Int4):
         super().__init__(group_size)
         self.parts = (Part("", torch.int8, 1), self._scale_part)
 
-    def encode(self, weight: torch.Tensor, scales: Parts) -> dict[str, torch.Tensor]:
-        return {"": self._rounded(weight, scales), **scales}
-
     def dequantize(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return self._multiplied(parts[""], parts, dtype)
+        return self._multiplied(parts[""].to(parts["_scale"].dtype, copy=True), parts, dtype)
