@@ -116,9 +116,15 @@ class Format(ABC):
         """The parts in memory of one matrix [N, K] that a checkpoint holds as `tensors`: what `stored` undoes."""
         rows = tensors[self.parts[0].suffix].shape[0]
         return {
-            part.suffix: tensors[part.suffix].reshape(1, 1).expand(rows, 1) if part.per_matrix else tensors[part.suffix]
+            part.suffix: tensors[part.suffix].reshape(1, 1).repeat(rows, 1)
+            if part.per_matrix
+            else tensors[part.suffix].to(part.dtype)
             for part in self.parts
         }
+
+    def with_scales(self, dtype: torch.dtype) -> Format:
+        """This format as a checkpoint has it whose scales are of another float type; itself where that is converted."""
+        return self
 
     def scheme(self) -> Any:
         """compressed-tensors' description of this format for Linear modules, a QuantizationScheme."""
