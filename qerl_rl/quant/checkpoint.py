@@ -101,7 +101,7 @@ class CheckpointReader:
         """
         if not self.is_quantized(name):
             return None
-        described = self._description()
+        described = self.described()
         format = described.of_weight(name)
         stored = [name + described.suffix(part.suffix) for part in format.parts] if format else []
         missing = [part for part in stored if part not in self._file_of]
@@ -114,7 +114,8 @@ class CheckpointReader:
             )
         return format.with_scales(_FLOATS.get(self.dtype(f"{name}_scale"), torch.bfloat16))
 
-    def _description(self) -> StoredFormats | ModelSlimFormats:
+    def described(self) -> StoredFormats | ModelSlimFormats:
+        """What the folder says of its formats. Raises: ConfigError for formats that have to be converted first."""
         if self._formats is None:
             if (self.path / ModelSlimFormats.file_name).exists():
                 self._formats = ModelSlimFormats.read(self.path)
@@ -127,7 +128,7 @@ class CheckpointReader:
         format = self.format_of(name)
         if format is None:
             raise KeyError(name)
-        suffix = self._description().suffix
+        suffix = self.described().suffix
         return format.loaded({part.suffix: self.get(name + suffix(part.suffix)) for part in format.parts})
 
     def weight(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -167,9 +168,11 @@ class CheckpointReader:
 def stored_format(path: str | Path) -> str:
     """The quant.format of a HF folder: that of its experts, where formats are mixed; none where there is none.
 
-    Raises: ConfigError, as `CheckpointReader` and `format_of`.
+    Raises: ConfigError, as `CheckpointReader` and `format_of`, and for other ways to quantize, such as AWQ's.
     """
     with CheckpointReader(path) as reader:
+        if (reader.path / "config.json").exists():
+            reader.described()
         quantized = [name.removesuffix("_scale") for name in reader if name.endswith(".weight_scale")]
         name = next((name for name in quantized if ".experts." in name), quantized[0] if quantized else None)
         format = reader.format_of(name) if name else None
