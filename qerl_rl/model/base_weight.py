@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from qerl_rl.quant.formats import Format
+from qerl_rl.quant.int4 import W4A8, W4A16
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Base:
     def row_scales(self) -> torch.Tensor | None:
         """[E, N] float32 where one scale a row is left out of the weights, to multiply the outputs by: there are fewer
         of those than of weights."""
-        one_a_row = self.format is not None and self.format.group_size == 0 and self.tensors[0].dtype == torch.int8
-        return self.tensors[1].squeeze(-1) if one_a_row else None
+        if self.format is None or self.format.group_size or self.tensors[0].dtype != torch.int8:
+            return None
+        return self.tensors[1].squeeze(-1) if self.tensors[1].dtype == torch.float32 else None
 
 
 class Unpacker:
@@ -42,7 +44,7 @@ class Unpacker:
 
     def __init__(self, base: Base, dtype: torch.dtype) -> None:
         self._base, self._format = base, base.format
-        self._is_int4 = base.format is not None and base.format.name in ("w4a16", "w4a8") and base.row_scales is None
+        self._is_int4 = type(base.format) in (W4A16, W4A8) and base.row_scales is None
         if base.format is None:
             return
         size, device = (base.outputs, base.inputs), base.tensors[0].device
