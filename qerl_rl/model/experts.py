@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
-from qerl_rl.model.adapted import AdaptedModule, WeightFormat
+from qerl_rl.model.adapted import AdaptedModule, LayerWeights
 from qerl_rl.model.grouped_linear import Adapter, grouped_linear
 
 
@@ -22,7 +22,7 @@ class StackedExperts(AdaptedModule):
     the adapters w13_lora_A [E, r, H], w13_lora_B [E, 2I, r], w2_lora_A [E, r, I], w2_lora_B [E, H, r].
     """
 
-    def __init__(self, experts: int, config: TransformerConfig, weights: WeightFormat) -> None:
+    def __init__(self, experts: int, config: TransformerConfig, weights: LayerWeights) -> None:
         super().__init__(config, weights)
         self.split = parallel_state.get_expert_tensor_parallel_world_size()
         hidden, width = config.hidden_size, config.moe_ffn_hidden_size // self.split

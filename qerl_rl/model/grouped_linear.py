@@ -1,6 +1,6 @@
 """The one matrix product of the quantized model: y = x W^T + scaling (x A^T) B^T, a group of rows for each expert.
 
-Attention is the case of one group. The base W is int8 with one scale a row, or floating point; the adapter is optional.
+Attention is the case of one group. The base W is floating point or stored in a format; the adapter is optional.
 """
 
 from __future__ import annotations
@@ -11,32 +11,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-
-@dataclass(frozen=True)
-class Base:
-    """The base weights of E groups: weight [E, N, K] float, or int8 with scale [E, N, 1] float32."""
-
-    weight: torch.Tensor
-    scale: torch.Tensor | None = None
-
-    def workspace(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """[N, K] `dtype` for the integers of one group after the other; None when the weights are floats already."""
-        if self.scale is None:
-            return None
-        return torch.empty(self.weight.shape[1:], dtype=dtype, device=self.weight.device)
-
-    def matrix(self, group: int, workspace: torch.Tensor | None) -> torch.Tensor:
-        """[N, K] of one group, int8 turned into exact floats but not scaled; valid until the next call."""
-        return self.weight[group] if workspace is None else workspace.copy_(self.weight[group])
-
-    def row_scale(self, group: int) -> torch.Tensor | None:
-        """[1, N] float32, what the outputs are multiplied by: much cheaper than multiplying the weights."""
-        return None if self.scale is None else self.scale[group].t()
-
-    def scaled(self, grad_y: torch.Tensor, group: int) -> torch.Tensor:
-        """Gradient of the outputs before they were multiplied by the scales."""
-        row_scale = self.row_scale(group)
-        return grad_y if row_scale is None else torch.mul(grad_y, row_scale, out=torch.empty_like(grad_y))
+from qerl_rl.model.base_weight import Base, Unpacker, scale_columns
+from qerl_rl.quant.formats import Format
 
 
 @dataclass(frozen=True)
@@ -55,43 +31,44 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        scale: torch.Tensor | None,
         a: torch.Tensor | None,
         b: torch.Tensor | None,
         scaling: float,
         rows: list[int],
+        format: Format | None,
+        *tensors: torch.Tensor,
     ) -> torch.Tensor:
-        base = Base(weight, scale)
-        y = x.new_empty(x.size(0), weight.size(1))
+        base = Base(tensors, format)
+        y = x.new_empty(x.size(0), base.outputs)
         down = None if a is None else x.new_empty(x.size(0), a.size(1))
-        workspace = base.workspace(x.dtype)
+        unpacker = Unpacker(base, x.dtype)
         for group, (start, end) in _spans(rows):
-            torch.mm(x[start:end], base.matrix(group, workspace).t(), out=y[start:end])
-            if (row_scale := base.row_scale(group)) is not None:
-                y[start:end].mul_(row_scale)
+            torch.mm(x[start:end], unpacker.matrix(group).t(), out=y[start:end])
+            if base.scales_outputs:
+                scale_columns(y[start:end], base.row_scale(group))
             if a is not None and b is not None and down is not None:
                 torch.mm(x[start:end], a[group].t(), out=down[start:end])
                 y[start:end].addmm_(down[start:end], b[group].t(), alpha=scaling)
-        needs_x = a is not None or ctx.needs_input_grad[1]
-        ctx.save_for_backward(x if needs_x else None, weight, scale, a, b, down)
-        ctx.scaling, ctx.rows = scaling, rows
+        needs_x = a is not None or any(ctx.needs_input_grad[6:])
+        ctx.save_for_backward(x if needs_x else None, a, b, down, *tensors)
+        ctx.scaling, ctx.rows, ctx.format = scaling, rows, format
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
-        x, weight, scale, a, b, down = ctx.saved_tensors
-        base = Base(weight, scale)
+        x, a, b, down, *tensors = ctx.saved_tensors
+        base = Base(tuple(tensors), ctx.format)
         grad_y = grad_y.contiguous()
-        grad_x = grad_y.new_empty(grad_y.size(0), weight.size(2)) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        grad_x = grad_y.new_empty(grad_y.size(0), base.inputs) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(tensors[0]) if any(ctx.needs_input_grad[6:]) else None
         grad_a, grad_b = (None, None) if a is None else (torch.empty_like(a), torch.empty_like(b))
-        workspace = None if grad_x is None else base.workspace(grad_y.dtype)
+        unpacker = Unpacker(base, grad_y.dtype)
         for group, (start, end) in _spans(ctx.rows):
             part = grad_y[start:end]
             if grad_x is not None:
-                torch.mm(base.scaled(part, group), base.matrix(group, workspace), out=grad_x[start:end])
+                scaled = scale_columns(part.clone(), base.row_scale(group)) if base.scales_outputs else part
+                torch.mm(scaled, unpacker.matrix(group), out=grad_x[start:end])
             if grad_weight is not None:
                 torch.mm(part.t(), x[start:end], out=grad_weight[group])
             if grad_a is not None and grad_b is not None:
@@ -104,7 +81,7 @@ class _GroupedLinear(torch.autograd.Function):
         for gradient in (grad_weight, grad_a, grad_b):
             if gradient is not None and idle:
                 gradient[idle] = 0.0
-        return grad_x, grad_weight, None, grad_a, grad_b, None, None
+        return grad_x, grad_a, grad_b, None, None, None, grad_weight, *[None] * (len(tensors) - 1)
 
 
 def _spans(rows: list[int]) -> list[tuple[int, tuple[int, int]]]:
@@ -124,6 +101,5 @@ def grouped_linear(x: torch.Tensor, base: Base, adapter: Adapter | None, rows: l
     Returns: [T, N]. Gradients reach x, a floating-point base that requires them, and both adapter matrices (zeros where
     a group has no row).
     """
-    if adapter is None:
-        return _GroupedLinear.apply(x, base.weight, base.scale, None, None, 1.0, rows)
-    return _GroupedLinear.apply(x, base.weight, base.scale, adapter.a, adapter.b, adapter.scaling, rows)
+    a, b, scaling = (None, None, 1.0) if adapter is None else (adapter.a, adapter.b, adapter.scaling)
+    return _GroupedLinear.apply(x, a, b, scaling, rows, base.format, *base.tensors)

@@ -33,6 +33,8 @@ class CheckpointReader:
             raise ConfigError(
                 f"model folder {self.path} does not exist.", fix="give the path of a HF checkpoint folder"
             )
+        self.bytes_read = 0
+        """Of tensors, by `get` and what calls it."""
         self._open: dict[str, Any] = {}
         self._formats: StoredFormats | None = None
         self._file_of: dict[str, str] = {}
@@ -76,9 +78,15 @@ class CheckpointReader:
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
-    def get(self, name: str) -> torch.Tensor:
-        """The tensor as stored (dtype and shape); KeyError when there is none of this name."""
-        return self._handle(self._file_of[name]).get_tensor(name)
+    def get(self, name: str, *index: slice) -> torch.Tensor:
+        """The tensor as stored, or what `index` leaves of its dimensions: nothing else is read.
+
+        Raises: KeyError when there is none of this name.
+        """
+        handle = self._handle(self._file_of[name])
+        tensor = handle.get_slice(name)[index] if index else handle.get_tensor(name)
+        self.bytes_read += tensor.nbytes
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
@@ -123,6 +131,14 @@ class CheckpointReader:
         """The weight `name` as floats, dequantized where it is quantized."""
         format = self.format_of(name)
         return self.get(name).to(dtype) if format is None else format.dequantize(self.parts(name), dtype)
+
+    def weight_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the weight `name`, whatever its parts are, without reading it; KeyError when there is none."""
+        format = self.format_of(name)
+        if format is None:
+            return self.shape(name)
+        *rows, elements = self.shape(name + format.parts[0].suffix)
+        return (*rows, elements * format.parts[0].columns)
 
     def weights(self) -> list[str]:
         """Names of all weights as an unquantized checkpoint would have them, sorted; parts are not among them."""
