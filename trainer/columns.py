@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qerl_rl.config.schema import Config
+from qerl_rl.model.architecture import MoeArchitecture
 from transfer_dock import TransferDock
 
 COLUMNS = {
@@ -15,6 +16,9 @@ COLUMNS = {
     "ages": "int32",
     "left_responses": "int32",
     "left_log_probs": "float32",
+    "partial_routed_experts": "uint8",
+    "left_routed_experts": "uint8",
+    "routed_experts": "uint8",
     "prompt_texts": "str",
     "answers": "str",
     "responses": "int32",
@@ -30,7 +34,7 @@ COLUMNS = {
     "returns": "float32",
     "advantages": "float32",
 }
-"""The type of every column that a loop may use."""
+"""The type of every column that a loop may use; routed experts of more than 256 are int16."""
 
 GRPO = {
     "rollout": ("prompts",),
@@ -79,6 +83,28 @@ CARRIED = {
 What a step leaves unfinished gets the columns left_*; as a sample of the next step it begins with partial_*."""
 
 
+def with_routing(stages: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """The stages with the policy's own passes on the experts that the rollout engine chose.
+
+    A critic and a reward model are other models, and route by themselves.
+    """
+    read = {
+        "rollout": "partial_routed_experts" if "carry" in stages else None,
+        "carry": "left_routed_experts",
+        "log_probs": "routed_experts",
+        "update": "routed_experts",
+    }
+    return {stage: (*columns, column) if (column := read.get(stage)) else columns for stage, columns in stages.items()}
+
+
+def column_types(config: Config) -> dict[str, str]:
+    """COLUMNS, with experts' numbers in a type that holds those of the model."""
+    types = dict(COLUMNS)
+    if config.router_replay.is_on and MoeArchitecture.from_folder(config.model.path).experts > 256:
+        types |= {name: "int16" for name in types if name.endswith("routed_experts")}
+    return types
+
+
 def create_dock(config: Config, stages: Mapping[str, Sequence[str]], restore: Path | None = None) -> TransferDock:
     """The dock of a run with these stages; its columns are what they read.
 
@@ -88,9 +114,11 @@ def create_dock(config: Config, stages: Mapping[str, Sequence[str]], restore: Pa
         stages = with_model_scores(stages)
     if config.rollout.carry_prompts:
         stages = {**stages, **CARRIED}
+    if config.router_replay.is_on:
+        stages = with_routing(stages)
     read = {column for columns in stages.values() for column in columns}
     return TransferDock.create(
-        columns={name: kind for name, kind in COLUMNS.items() if name in read},
+        columns={name: kind for name, kind in column_types(config).items() if name in read},
         consumers={stage: list(columns) for stage, columns in stages.items()},
         samples_per_group=config.algorithm.samples_per_prompt,
         capacity_bytes=config.dock.capacity_bytes,

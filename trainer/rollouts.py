@@ -11,6 +11,7 @@ import numpy as np
 
 from qerl_rl.config.schema import RolloutConfig
 from trainer.base import Trainer
+from trainer.columns import column_types
 from trainer.evaluation import prefixed
 from trainer.shares import group_rows
 from transfer_dock import Batch, Jagged, SampleKey
@@ -133,6 +134,10 @@ class CarriedRollouts(Rollouts):
             "partial_responses": Jagged.from_rows(nothing[0]),
             "partial_log_probs": Jagged.from_rows(nothing[1]),
         }
+        if self.config.router_replay.is_on:
+            model, dtype = self.trainer.plan.architecture, column_types(self.config)["routed_experts"]
+            no_experts = np.empty((0, model.layers, model.experts_per_token), dtype)
+            partials["partial_routed_experts"] = Jagged.from_rows([no_experts] * samples)
         return {**partials, "ages": np.zeros(samples, np.int32)}
 
     def carry_over(self, step: int, samples: int) -> None:
@@ -145,6 +150,8 @@ class CarriedRollouts(Rollouts):
             "partial_log_probs": batch.columns["left_log_probs"],
             "ages": batch.columns["ages"] + np.int32(1),
         }
+        if self.config.router_replay.is_on:
+            columns["partial_routed_experts"] = batch.columns["left_routed_experts"]
         self.dock.put(columns, [SampleKey(step + 1, numbers[key.group], key.index) for key in batch.keys])
         self.dock.ack(batch)
 

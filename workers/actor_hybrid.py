@@ -92,6 +92,7 @@ class ActorHybridWorker:
             self.config.lora,
             max_length=self.config.model.max_length,
             seed=self.config.run.seed,
+            record_routing=self.config.router_replay.is_on,
         )
         self.swap = Swap(self.train, self.rollout, self.config.swap, self.config.noise, self.config.run, beside)
         self._generation: BackgroundJob[dict[str, Any]] = BackgroundJob("generation")
@@ -218,7 +219,7 @@ class ActorHybridWorker:
             "reference_log_probs": Jagged.from_rows(reference.log_probs),
         }
         dock.put(columns, batch.keys)
-        metrics = {"tokens": float(samples.response_tokens)}
+        metrics = {"tokens": float(samples.response_tokens), **(old or reference).router_replay}
         if self.config.noise.enabled:
             metrics["noise/sigma"] = self.swap.noise_of(step).sigma
         if old is not None and clean is not None:
@@ -342,11 +343,13 @@ def seed_global_generators(seed: int, rank: int) -> None:
 def put_responses(dock: TransferDock, keys: list[SampleKey], output: GroupOutput) -> None:
     """Write one group into the dock, as finished or as left for the next step."""
     responses, log_probs = Jagged.from_rows(output.responses), Jagged.from_rows(output.log_probs)
+    routed = {} if output.routed_experts is None else {"routed_experts": Jagged.from_rows(output.routed_experts)}
     if output.left:
-        dock.put({"left_responses": responses, "left_log_probs": log_probs}, keys)
+        left = {f"left_{name}": column for name, column in routed.items()}
+        dock.put({"left_responses": responses, "left_log_probs": log_probs, **left}, keys)
         return
     truncated = np.array([reason == "length" for reason in output.finish_reasons], dtype=np.float32)
-    dock.put({"responses": responses, "rollout_log_probs": log_probs, "truncated": truncated}, keys)
+    dock.put({"responses": responses, "rollout_log_probs": log_probs, "truncated": truncated, **routed}, keys)
 
 
 def ages_of(prompts: Batch | None, keys: Sequence[SampleKey]) -> list[int]:

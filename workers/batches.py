@@ -39,7 +39,11 @@ def group_requests(
         request = GroupRequest(group, prompt, len(own), int(group_seed >> 1))
         if rollout.carry_prompts:
             responses, log_probs = batch.columns["partial_responses"], batch.columns["partial_log_probs"]
-            partials = [Partial(responses.row(row), log_probs.row(row)) for row in own]
+            experts = batch.columns.get("partial_routed_experts")
+            partials = [
+                Partial(responses.row(row), log_probs.row(row), None if experts is None else experts.row(row))
+                for row in own
+            ]
             is_old = bool(batch.columns["ages"][own[0]] >= rollout.carry_max_age)
             request = dataclasses.replace(request, partials=partials, must_finish=is_old)
         requests.append(request)
@@ -47,13 +51,18 @@ def group_requests(
 
 
 def to_samples(batch: Batch, columns: Sequence[str] = ()) -> Samples:
-    """Prompt and response of each row as one token sequence, with the named columns spread over the response tokens."""
+    """Prompt and response of each row as one token sequence, with the named columns spread over the response tokens.
+
+    A stage that reads `routed_experts` has its tokens sent there.
+    """
     from qerl_rl.train.samples import Samples
 
     prompts, responses = batch.columns["prompts"], batch.columns["responses"]
     tokens = [np.concatenate([prompts.row(row), responses.row(row)]).astype(np.int64) for row in range(len(batch.keys))]
     lengths = [len(responses.row(row)) for row in range(len(batch.keys))]
-    return Samples(tokens, lengths, {name: _over_tokens(batch.columns[name], lengths) for name in columns})
+    experts = batch.columns.get("routed_experts")
+    routed = None if experts is None else list(experts.rows())
+    return Samples(tokens, lengths, {name: _over_tokens(batch.columns[name], lengths) for name in columns}, routed)
 
 
 def _over_tokens(column: Jagged | np.ndarray, lengths: list[int]) -> list[np.ndarray]:

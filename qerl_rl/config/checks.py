@@ -91,6 +91,7 @@ def _check_rollouts(config: Config) -> Fault:
         "rollout.ahead": (rollout.ahead, "false"),
         "rollout_correction.rollout_is": (correction.rollout_is != "none", "none"),
         "rollout_correction.bypass_mode": (correction.bypass_mode, "false"),
+        "router_replay.mode": (config.router_replay.is_on, "disabled"),
     }
     reasons = {"dapo": "samples until it has enough", "dpo": "learns from pairs, without a rollout"}
     reason, keys = reasons.get(algorithm.name), list(off) if algorithm.name == "dpo" else list(off)[:2]

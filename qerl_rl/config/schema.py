@@ -175,7 +175,12 @@ class RouterReplayConfig:
     """Which experts the trainer's routers choose for the tokens of a rollout (names as in verl)."""
 
     mode: str = "disabled"
-    """disabled (its own choice) or R3 (those that the engine chose; their weights stay the trainer's)."""
+    """disabled (their own choice) or R3 (those that the engine chose, in old and reference log-probs and in updates;
+    how much each counts stays the trainer's). docs/router_replay.md says when the choice is their own all the same."""
+
+    @property
+    def is_on(self) -> bool:
+        return self.mode != "disabled"
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from qerl_rl.config.schema import LoraConfig, TrainConfig
 from qerl_rl.layout.blocks import ParallelSizes
@@ -31,6 +31,7 @@ from qerl_rl.model.formats import SlotFormats, check_format_layout
 from qerl_rl.model.linear import ColumnLinear, RowLinear
 from qerl_rl.model.lora import initialize_adapters
 from qerl_rl.model.parallel import current_sizes, initialize_parallel
+from qerl_rl.model.routing_replay import ReplayingLayer, ReplayingMoELayer
 from qerl_rl.model.slots import LANGUAGE_MODEL, VALUE, padded_vocabulary
 from qerl_rl.model.value_head import ValueHead
 from qerl_rl.platform.torch_modules import PackedAttention, RMSNorm
@@ -198,13 +199,13 @@ def _layer_spec(architecture: MoeArchitecture, lora: LoraConfig | None, formats:
         shared_experts=ModuleSpec(module=SharedExpertMLP, params={"gate": True}, submodules=shared_submodules),
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ReplayingLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MoELayer, submodules=experts),
+            mlp=ModuleSpec(module=ReplayingMoELayer, submodules=experts),
             mlp_bda=get_bias_dropout_add,
         ),
     )

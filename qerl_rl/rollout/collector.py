@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest, Partial
+from qerl_rl.rollout.routing import routed_experts_of
 
 STOP, LENGTH, UNFINISHED = "stop", "length", "unfinished"
 
@@ -16,11 +18,17 @@ class Collector:
     """The samples of one group: what each had when the request came, and what the engine adds to it.
 
     Args: budget: tokens that a response may have. stop_tokens: those that end one; a partial response that ends so, or
-    has used up its budget, is finished.
+    has used up its budget, is finished. no_experts: routed experts of no token, where the engine records them.
     Raises: ValueError when the request's partial responses are not one a sample, or one is over the budget.
     """
 
-    def __init__(self, request: GroupRequest, budget: int, stop_tokens: Collection[int]) -> None:
+    def __init__(
+        self,
+        request: GroupRequest,
+        budget: int,
+        stop_tokens: Collection[int],
+        no_experts: np.ndarray | None = None,
+    ) -> None:
         self.partials = list(request.partials) or [Partial()] * request.samples
         lengths = [(len(partial.tokens), len(partial.log_probs)) for partial in self.partials]
         if len(lengths) != request.samples or any(tokens != scores or tokens > budget for tokens, scores in lengths):
@@ -28,7 +36,7 @@ class Collector:
                 f"group {request.group}: {request.samples} samples of at most {budget} tokens have partial responses "
                 f"of (tokens, log_probs) {lengths}"
             )
-        self.group, self.budget = request.group, budget
+        self.group, self.budget, self._no_experts = request.group, budget, no_experts
         self._reasons = [_reason(partial.tokens, budget, stop_tokens) for partial in self.partials]
 
     @property
@@ -43,6 +51,8 @@ class Collector:
     def finish(self, index: int, sample: Any) -> bool:
         """Add the rest of a sample, a vLLM CompletionOutput; True when it was the last of the group."""
         self.interrupt(index, sample)
+        if self._no_experts is not None:
+            self.partials[index] = replace(self.partials[index], routed_experts=routed_experts_of(sample))
         self._reasons[index] = sample.finish_reason
         return self.is_complete
 
@@ -58,9 +68,15 @@ class Collector:
     def output(self, *, left: bool = False) -> GroupOutput:
         """All of the group as it is now. left: it was not among the quota."""
         tokens = [partial.tokens for partial in self.partials]
-        return GroupOutput(
-            self.group, tokens, [partial.log_probs for partial in self.partials], list(self._reasons), left
-        )
+        log_probs = [partial.log_probs for partial in self.partials]
+        return GroupOutput(self.group, tokens, log_probs, list(self._reasons), left, self._routed_experts())
+
+    def _routed_experts(self) -> list[np.ndarray] | None:
+        if self._no_experts is None:
+            return None
+        finished = [reason != UNFINISHED for reason in self._reasons]
+        rows = [partial.routed_experts for partial in self.partials]
+        return [self._no_experts if own is None or not done else own for own, done in zip(rows, finished, strict=True)]
 
 
 def _reason(tokens: np.ndarray, budget: int, stop_tokens: Collection[int]) -> str:

@@ -15,10 +15,14 @@ from qerl_rl.quant.requantize import Survival
 
 @dataclass(frozen=True)
 class Partial:
-    """What a sample has of its response already: tokens int32 [n] and their log_probs float32 [n]; maybe nothing."""
+    """What a sample has of its response already: tokens int32 [n] and their log_probs float32 [n]; maybe nothing.
+
+    routed_experts: of a finished one, as in GroupOutput. One that goes on is computed anew from its first token.
+    """
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     log_probs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    routed_experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class GroupOutput:
     tokens that rollout.top_p and rollout.top_k leave; those of a partial response are as they were given.
     finish_reasons: `stop` (end of sequence), `length` or, in a group that is `left`, `unfinished`. left: it was not
     among the quota; each of its samples can go on as a Partial of another request, finished or not.
+    routed_experts: of an engine that records them, uint8 (int16 above 256 experts) [prompt + response - 1, layers, k]:
+    the experts that each layer chose for each token, in the model's numbering; the last token sampled was never
+    computed. An unfinished sample has no rows.
     """
 
     group: int
@@ -54,6 +61,7 @@ class GroupOutput:
     log_probs: list[np.ndarray]
     finish_reasons: list[str]
     left: bool = False
+    routed_experts: list[np.ndarray] | None = None
 
 
 class RolloutEngine(Protocol):

@@ -29,6 +29,7 @@ from qerl_rl.rollout.loader import LOAD_FORMAT, register_loader, shown_config
 from qerl_rl.rollout.merge import MergedAdapters, merges_adapters
 from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
+from qerl_rl.rollout.routing import no_experts, routing_engine
 from qerl_rl.rollout.weight_memory import drop_unused_copies, weight_bytes
 
 
@@ -38,10 +39,18 @@ class VllmEngine:
     Construct it on every rank of tensor_parallel x data_parallel, with the default process group (gloo) initialised and
     RANK and LOCAL_RANK set; a single process needs neither. With expert_parallel, data-parallel ranks step together;
     without, each of them is an engine of its own. max_length: tokens of prompt and response together.
+    record_routing: outputs say which experts each token went to (routing replay).
     """
 
     def __init__(
-        self, model_path: str | Path, rollout: RolloutConfig, lora: LoraConfig, *, max_length: int, seed: int
+        self,
+        model_path: str | Path,
+        rollout: RolloutConfig,
+        lora: LoraConfig,
+        *,
+        max_length: int,
+        seed: int,
+        record_routing: bool = False,
     ) -> None:
         check_expert_sizes(model_path, rollout)
         configure_environment()
@@ -57,17 +66,19 @@ class VllmEngine:
             apply_patches()
             self._plan = LoadPlan(model_path, platform_name())
             register_loader(self._plan)
-            self._engine = LLMEngine.from_engine_args(_engine_args(self._plan, rollout, max_length, seed))
+            arguments = _engine_args(self._plan, rollout, max_length, seed)
+            self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
         runner = self._engine.model_executor.driver_worker.worker.model_runner
         drop_unused_copies(runner.model)
         self._weights = weight_bytes(runner.model)
         self._adapters: AdapterSet | MergedAdapters | None = None
         if merges_adapters(runner.model, lora):
-            world_size = rollout.tensor_parallel * (rollout.data_parallel if rollout.expert_parallel else 1)
+            world_size = rollout.tensor_parallel * rollout.data_parallel
             self._adapters = MergedAdapters(runner.model, self._engine.vllm_config, self._plan, lora, seed, world_size)
         elif lora.attention or lora.experts:
             self._adapters = AdapterSet(runner.model, lora)
         self._noise = NormNoise(runner.model)
+        self._no_experts = no_experts(self._engine) if record_routing else None
         self._kv_cache = KvCacheMemory(runner.kv_caches)
 
     def generate(
@@ -86,7 +97,7 @@ class VllmEngine:
         """
         if self._kv_cache.nbytes == 0:
             raise RuntimeError("generate() while the KV cache is released: call restore_kv_cache() first")
-        waiting = {request.group: Collector(request, self._budget(request), self._stop_tokens) for request in requests}
+        waiting = {request.group: self._collector(request) for request in requests}
         if len(waiting) != len(requests):
             raise ValueError("two requests have the same group number")
         places = Quota(len(requests) if quota is None else quota, [r.group for r in requests if r.must_finish])
@@ -107,6 +118,9 @@ class VllmEngine:
             waiting = {}
         finally:
             self._abort(waiting)
+
+    def _collector(self, request: GroupRequest) -> Collector:
+        return Collector(request, self._budget(request), self._stop_tokens, self._no_experts)
 
     def _budget(self, request: GroupRequest) -> int:
         """Tokens that a response to this request may have."""

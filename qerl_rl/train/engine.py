@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,20 @@ from qerl_rl.train.background import BackgroundJob
 from qerl_rl.train.learner import EngineSnapshot, LearningEngine
 from qerl_rl.train.norm_noise import noisy_norms
 from qerl_rl.train.offload import StateStore
+from qerl_rl.train.replay_metrics import replay_metrics
 from qerl_rl.train.samples import Samples
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """log_probs and entropy in nats: per sample float32 [response_length], in the order of the samples."""
+    """log_probs and entropy in nats: per sample float32 [response_length], in the order of the samples.
+
+    router_replay: what `replay_metrics` says of the pass, over the samples of all ranks; empty without routing replay.
+    """
 
     log_probs: list[np.ndarray]
     entropy: list[np.ndarray]
+    router_replay: dict[str, float] = field(default_factory=dict)
 
 
 class TrainEngine(LearningEngine):
@@ -52,7 +57,7 @@ class TrainEngine(LearningEngine):
         """Log-probs of the response tokens, and entropies, at rollout.temperature; None except on `is_output_rank`.
 
         adapters=False gives those of the reference: the base model, whatever has been trained since. With `noise` they
-        are those of the policy with that noise on its layer norms.
+        are those of the policy with that noise on its layer norms. Tokens go to samples.routed_experts, in all of them.
         Raises: ValueError for adapters=False where everything trains: the reference is gone.
         """
         self._require_state("log_probs")
@@ -63,7 +68,10 @@ class TrainEngine(LearningEngine):
         packs = self._packs(samples)
         with noisy_norms(self.model, noise or Noise()), nullcontext() if adapters else adapters_disabled(self.model):
             found = self._scores(packs, len(samples))
-        return None if found is None else TokenScores(*found)
+        replay: dict[str, float] = {}
+        if self.config.router_replay.is_on:
+            replay = replay_metrics(packs, is_output_rank=self.is_output_rank, device=self.device)
+        return None if found is None else TokenScores(found[0], found[1], replay)
 
     # ---- adapters and checkpoints
 

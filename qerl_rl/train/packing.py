@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from qerl_rl.model.forced_experts import ForcedExperts
 from qerl_rl.train.samples import Samples
 
 
@@ -79,6 +80,7 @@ class Pack:
     tokens, position_ids: int64 [1, T]. cumulative_lengths: int32 [sequences + 1] (a trailing sequence is padding).
     positions: int64 [N], where the logits lie that predict the response tokens. targets: int64 [N], those tokens.
     columns: name -> float32 [N]. response_lengths: int64 [samples]; positions, targets and columns follow the samples.
+    forced: the experts of the T tokens that the samples have some for; None where samples have none at all.
     """
 
     indices: list[int]
@@ -90,6 +92,7 @@ class Pack:
     targets: torch.Tensor
     columns: dict[str, torch.Tensor]
     response_lengths: torch.Tensor
+    forced: ForcedExperts | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -128,7 +131,22 @@ def make_pack(samples: Samples, indices: Sequence[int], multiple_of: int, device
         targets=torch.from_numpy(tokens[response_positions].astype(np.int64)).to(device),
         columns=columns,
         response_lengths=torch.from_numpy(responses).to(device),
+        forced=_forced_experts(chosen.routed_experts, starts, len(tokens), device),
     )
+
+
+def _forced_experts(
+    routed: Sequence[np.ndarray] | None, starts: np.ndarray, total: int, device: torch.device
+) -> ForcedExperts | None:
+    """Experts of `total` packed tokens from those of each sample's first tokens; `starts` is where samples begin."""
+    if not routed:
+        return None
+    experts = np.zeros((total, *routed[0].shape[1:]), routed[0].dtype)
+    known = np.zeros(total, bool)
+    for start, rows in zip(starts, routed, strict=False):
+        experts[start : start + len(rows)] = rows
+        known[start : start + len(rows)] = True
+    return ForcedExperts(torch.from_numpy(experts).to(device), torch.from_numpy(known).to(device))
 
 
 def at_ends(pack: Pack) -> Pack:

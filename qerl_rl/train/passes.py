@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from qerl_rl.algorithms.sequences import sequence_ids, token_weights
+from qerl_rl.model.routing_replay import RoutedSequences
 from qerl_rl.train.packing import Pack
 from qerl_rl.train.scores import vocab_parallel_scores
 
@@ -143,8 +143,9 @@ class Passes:
         )
 
 
-def _packed(pack: Pack) -> PackedSeqParams:
-    return PackedSeqParams(
+def _packed(pack: Pack) -> RoutedSequences:
+    return RoutedSequences(
+        pack.forced,
         qkv_format="thd",
         cu_seqlens_q=pack.cumulative_lengths,
         cu_seqlens_kv=pack.cumulative_lengths,

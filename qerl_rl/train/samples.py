@@ -13,13 +13,16 @@ class Samples:
     """The samples of one data-parallel rank; its tensor- and pipeline-parallel peers hold the same ones.
 
     tokens: per sample int64 [prompt + response]. response_lengths: tokens of each response, which ends the sample.
-    columns: name -> per sample float32 [response_length].
-    Raises: ValueError when a sample has no prompt token, or a column does not fit the responses.
+    columns: name -> per sample float32 [response_length]. routed_experts: per sample uint8 or int16 [n, layers, k], the
+    experts of its first n tokens in the rollout engine; None where the trainer routes by itself.
+    Raises: ValueError when a sample has no prompt token, a column does not fit the responses, or more tokens are routed
+    than there are.
     """
 
     tokens: list[np.ndarray]
     response_lengths: list[int]
     columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    routed_experts: list[np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.response_lengths):
@@ -32,6 +35,9 @@ class Samples:
             found = [len(value) for value in values]
             if found != list(self.response_lengths):
                 raise ValueError(f"column {name} has {found} values, the responses have {self.response_lengths} tokens")
+        routed = self.lengths if self.routed_experts is None else [len(rows) for rows in self.routed_experts]
+        if len(routed) != len(self) or any(rows > own for rows, own in zip(routed, self.lengths, strict=True)):
+            raise ValueError(f"routed_experts has {routed} tokens, the samples have {self.lengths}")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -53,4 +59,5 @@ class Samples:
             [self.tokens[index] for index in chosen],
             [self.response_lengths[index] for index in chosen],
             {name: [values[index] for index in chosen] for name, values in self.columns.items()},
+            None if self.routed_experts is None else [self.routed_experts[index] for index in chosen],
         )

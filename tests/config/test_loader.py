@@ -191,6 +191,12 @@ def test_a_single_reward_weighs_one_and_exact_is_the_default(tmp_path):
         (["rollout.carry_prompts=2", "algorithm.name=dpo"], "without a rollout", "rollout.carry_prompts to 0"),
         (["rollout.ahead=true", "algorithm.name=dpo"], "without a rollout", "rollout.ahead to false"),
         (["rollout_correction.rollout_is=token", "algorithm.name=dpo"], "without a rollout", "to none"),
+        (
+            ["router_replay.mode=R3", "algorithm.name=dpo"],
+            "router_replay.mode=R3, but algorithm.name=dpo learns from pairs, without a rollout",
+            "set router_replay.mode to disabled",
+        ),
+        (["router_replay.mode=R2"], "router_replay.mode=R2 is unknown", "disabled or R3"),
         (["rollout_correction.rollout_is=tokens"], "rollout_correction.rollout_is=tokens is unknown", "none or token"),
         (["rollout_correction.rollout_is_threshold=0"], "rollout_is_threshold=0.0 is not positive", "above 0"),
         (

@@ -25,12 +25,14 @@ Plain = dict[int, tuple[list[list[int]], list[list[float]], list[str]]]
 """Group -> responses, log-probs and finish reasons, of types that travel between processes."""
 
 
-def make_engine(folder: Path, lora: LoraConfig = LORA, **rollout: Any) -> VllmEngine:
+def make_engine(folder: Path, lora: LoraConfig = LORA, *, record_routing: bool = False, **rollout: Any) -> VllmEngine:
     """An engine over as many ranks as RolloutConfig says, in processes started by run_engines."""
     if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo")
     options = {"data_parallel": 1, "max_response_tokens": 24, "kv_cache_bytes": 32 << 20} | rollout
-    return VllmEngine(folder, RolloutConfig(**options), lora, max_length=MAX_LENGTH, seed=0)
+    return VllmEngine(
+        folder, RolloutConfig(**options), lora, max_length=MAX_LENGTH, seed=0, record_routing=record_routing
+    )
 
 
 def request(group: int, samples: int = 2, length: int | None = None) -> GroupRequest:

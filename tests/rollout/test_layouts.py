@@ -25,7 +25,9 @@ from tests.rollout.scenes import (
     log_prob_gaps,
     log_probs_of,
     make_engine,
+    plain,
     random_adapters,
+    request,
     tokens_of,
 )
 
@@ -36,7 +38,8 @@ Shares = list[list[int]]
 
 def _scene(folder: Path, layout: dict[str, Any], calls: list[Shares], greedy_share: Shares) -> dict[str, Any]:
     before = set(os.listdir("/dev/shm"))
-    engine, rank = make_engine(folder, dataclasses.replace(LORA, in_rollout="merge"), **layout), int(os.environ["RANK"])
+    rank, merging = int(os.environ["RANK"]), dataclasses.replace(LORA, in_rollout="merge")
+    engine = make_engine(folder, merging, record_routing=True, **layout)
     adapters = random_adapters(folder, seed=1)
     seen: dict[str, Any] = {"held merged": engine.held_bytes()}
     engine.set_adapters(adapters, 7)
@@ -45,7 +48,9 @@ def _scene(folder: Path, layout: dict[str, Any], calls: list[Shares], greedy_sha
     act_beside_the_weights(engine)
     engine.set_adapters(adapters)
     seen["sampled"] = [generate(engine, shares[rank]) for shares in calls]
-    seen["greedy"] = generate(engine, greedy_share[rank], greedy=True)
+    outputs = list(engine.generate([request(group) for group in greedy_share[rank]], greedy=True))
+    seen["greedy"] = plain(outputs)
+    seen["routed"] = {(o.group, index): rows for o in outputs for index, rows in enumerate(o.routed_experts or [])}
     engine.set_noise(Noise(0.05, seed=3, step=1))
     seen["noise"] = generate(engine, greedy_share[rank], greedy=True)
     seen["held"] = engine.held_bytes()
@@ -61,6 +66,16 @@ def _with_and_without_experts(folder: Path, layout: dict[str, Any]) -> Plain:
     adapters = random_adapters(folder, seed=1)
     engine.set_adapters({name: tensor for name, tensor in adapters.items() if ".experts." not in name})
     return generate(engine, GROUPS, greedy=True)
+
+
+def routing_agreement(left: dict[str, Any], right: dict[str, Any]) -> float:
+    """Of the prompts' tokens and layers, the share that two engines sent to the same experts."""
+    same = []
+    for sample, rows in left["routed"].items():
+        prompt = len(request(sample[0]).prompt_tokens)
+        pair = [np.sort(experts[:prompt], -1) for experts in (rows, right["routed"][sample])]
+        same.append((pair[0] == pair[1]).all(-1).ravel())
+    return float(np.concatenate(same).mean())
 
 
 def _merged(outputs: list[Plain]) -> Plain:
@@ -113,6 +128,8 @@ def test_tensor_parallel_ranks_agree_with_each_other_and_with_one_rank(
     assert errors[0].mean() < 1.5 * errors[1].mean()
     assert first["held"]["weights"] < 0.75 * alone["held"]["weights"]
     assert first["held"]["adapters"] < 0.8 * alone["held"]["adapters"]
+    np.testing.assert_equal(first["routed"], second["routed"])
+    assert routing_agreement(first, alone) > 0.9
 
 
 def test_data_and_expert_parallel_equals_one_rank_whatever_the_load(folder: Path, alone: dict[str, Any]) -> None:
@@ -131,6 +148,7 @@ def test_data_and_expert_parallel_equals_one_rank_whatever_the_load(folder: Path
     for kind in ("greedy", "noise", "merged"):
         merged = _merged([rank[kind] for rank in ranks])
         assert tokens_of(merged) == tokens_of(alone[kind])
+    np.testing.assert_equal({**ranks[0]["routed"], **ranks[1]["routed"]}, alone["routed"])
     assert ranks[0]["held"]["weights"] < 0.75 * alone["held"]["weights"]
     assert ranks[0]["held"]["adapters"] < 0.75 * alone["held"]["adapters"]
     assert ranks[0]["held merged"] == ranks[0]["held"] | {"adapters": 0}

@@ -52,6 +52,7 @@ ALGORITHMS = {
         "noise.exempt_router=true",
         "algorithm.name=dapo",
         "algorithm.sampling_rounds=2",
+        "router_replay.mode=R3",
     ],
 }
 EVALUATION = {
@@ -131,9 +132,13 @@ def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layo
         assert [step["noise/sigma"] for step in steps] == [0.0, 1e-2]
         assert steps[1]["noise/kl"] > 0
         assert "noise/kl" not in steps[0]
+        assert [step["router_replay/missing"] for step in steps] == [0.0, 0.0]
+        assert all(0.0 < step["router_replay/changed"] < 0.2 for step in steps)
         # Some groups earn the same throughout; new prompts take their place once.
         assert all(8 < step["sampling/groups"] <= 16 for step in steps)
         assert all(step["reward/mean"] >= step["sampling/reward_mean"] for step in steps)
+    else:
+        assert not [name for name in steps[0] if name.startswith("router_replay/")]
     assert_ledger(tmp_path)
     assert_export_loads(tmp_path)
     assert_nothing_is_left(tmp_path)

@@ -24,7 +24,10 @@ SIZES = [
 ]
 WAYS = {
     # Prompts begin a few at a time, so that their samples do not end together and some are cut in the middle.
-    "partial_rollout": [f"rollout.carry_prompts={MORE}", "rollout.max_sequences=10", "rollout.max_batched_tokens=64"],
+    "partial_rollout": [
+        *(f"rollout.carry_prompts={MORE}", "rollout.max_sequences=10", "rollout.max_batched_tokens=64"),
+        "router_replay.mode=R3",
+    ],
     "one_step_off": ["noise.enabled=true", "noise.stages=2"],
 }
 
@@ -84,6 +87,14 @@ def test_carried_samples_are_counted_once_and_grow_no_older_than_they_may(straig
     assert 0 <= sum(drawn) - sum(learned) <= MORE * SIZE * 12
     assert all(step["rollout_correction/ess"] <= 1 + 1e-6 for step in steps)
     assert steps[3]["rollout_correction/ess"] < 1
+
+
+def test_every_token_that_a_step_learns_from_goes_where_the_engine_sent_it(straight):
+    """Also those of samples that were finished in an earlier step, which the engine does not see again."""
+    steps = rows(straight("partial_rollout") / "metrics.jsonl")
+    assert any(step["rollout/age_max"] > 0 for step in steps)
+    assert all(step["router_replay/missing"] == 0.0 for step in steps)
+    assert all(0.0 < step["router_replay/changed"] < 0.2 for step in steps)
 
 
 def test_one_step_ahead_keeps_both_engines_in_memory_and_still_evaluates(straight):
