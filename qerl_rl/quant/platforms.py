@@ -31,7 +31,7 @@ TABLE: dict[tuple[str, str], Support] = {
     ("none", "cpu"): Support(NATIVE),
     ("w8a8", "cpu"): Support(NATIVE, "int8 products"),
     ("w4a16", "cpu"): Support(NATIVE, "int4 unpacked to int8 products in the kernel: activations become int8 too"),
-    ("w4a8", "cpu"): Support(DEQUANTIZED),
+    ("w4a8", "cpu"): Support(NATIVE, "in the kernel and layout of w4a16; rows with a single scale are dequantized"),
     ("nvfp4", "cpu"): Support(DEQUANTIZED),
     ("mxfp4", "cpu"): Support(DEQUANTIZED),
     ("mxfp8", "cpu"): Support(DEQUANTIZED),

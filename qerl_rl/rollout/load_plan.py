@@ -48,12 +48,10 @@ class LoadPlan:
         return None if format is None else self._as_run(format)
 
     def _as_run(self, format: Format) -> Format | None:
-        if support(format.name, self._platform).how != DEQUANTIZED:
-            return format
-        if format.name == "w4a8" and self._platform == "cpu" and format.group_size:
+        if format.name == "w4a8" and self._platform == "cpu":
             # The same numbers in the layout of the int4 kernel, which computes with int8 activations either way.
-            return get_format("w4a16", format.group_size)
-        return None
+            return get_format("w4a16", format.group_size) if format.group_size else None
+        return None if support(format.name, self._platform).how == DEQUANTIZED else format
 
     def tensors(self, weight: str) -> dict[str, torch.Tensor]:
         """What the engine loads for a weight of the checkpoint, by full name; bfloat16 where it is dequantized."""

@@ -23,7 +23,7 @@ from qerl_rl.rollout.collector import Collector, unfinished_samples
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.kv_cache import KvCacheMemory
-from qerl_rl.rollout.limits import check_expert_sizes
+from qerl_rl.rollout.limits import check_expert_sizes, check_groups
 from qerl_rl.rollout.load_plan import LoadPlan
 from qerl_rl.rollout.loader import LOAD_FORMAT, register_loader, shown_config
 from qerl_rl.rollout.merge import MergedAdapters, merges_adapters
@@ -65,6 +65,7 @@ class VllmEngine:
 
             apply_patches()
             self._plan = LoadPlan(model_path, platform_name())
+            check_groups(self._plan, rollout)
             register_loader(self._plan)
             arguments = _engine_args(self._plan, rollout, max_length, seed)
             self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
@@ -182,7 +183,7 @@ class VllmEngine:
 
     @property
     def description(self) -> str:
-        """How this engine runs its weights and adapters, in a line."""
+        """See RolloutEngine."""
         if self._adapters is None:
             return self._plan.line()
         how = "merged into the weights" if isinstance(self._adapters, MergedAdapters) else "beside the weights"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from qerl_rl.config.schema import LoraConfig
+from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.noise import Noise
 from qerl_rl.quant.requantize import Survival
 from tests.ranks import run_engines
@@ -41,7 +42,7 @@ def _scene(folder: Path, layout: dict[str, Any], calls: list[Shares], greedy_sha
     rank, merging = int(os.environ["RANK"]), dataclasses.replace(LORA, in_rollout="merge")
     engine = make_engine(folder, merging, record_routing=True, **layout)
     adapters = random_adapters(folder, seed=1)
-    seen: dict[str, Any] = {"held merged": engine.held_bytes()}
+    seen: dict[str, Any] = {"held merged": engine.held_bytes(), "read": engine._plan.reader.bytes_read}
     engine.set_adapters(adapters, 7)
     seen["survival"], seen["merged"] = engine.survival, generate(engine, greedy_share[rank], greedy=True)
     engine.set_adapters({name: 0 * tensor for name, tensor in adapters.items()}, 8)
@@ -91,6 +92,11 @@ def _check_survival(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     assert total.wanted == pytest.approx(alone["survival"].wanted, rel=1e-5)
     # By independent rounding of changes of the order of a step, 380,000 of them.
     assert total.ratio == pytest.approx(1.0, abs=0.01)
+
+
+def _bytes_beside_experts(folder: Path) -> int:
+    with CheckpointReader(folder) as reader:
+        return sum(reader.get(name).nbytes for name in reader if ".experts." not in name)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +157,8 @@ def test_data_and_expert_parallel_equals_one_rank_whatever_the_load(folder: Path
     np.testing.assert_equal({**ranks[0]["routed"], **ranks[1]["routed"]}, alone["routed"])
     assert ranks[0]["held"]["weights"] < 0.75 * alone["held"]["weights"]
     assert ranks[0]["held"]["adapters"] < 0.75 * alone["held"]["adapters"]
+    # Half of the experts, and all else: of other ranks' experts no byte.
+    assert ranks[0]["read"] + ranks[1]["read"] == alone["read"] + _bytes_beside_experts(folder)
     assert ranks[0]["held merged"] == ranks[0]["held"] | {"adapters": 0}
 
 
