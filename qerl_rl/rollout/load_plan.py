@@ -48,8 +48,9 @@ class LoadPlan:
         return None if format is None else self._as_run(format)
 
     def _as_run(self, format: Format) -> Format | None:
-        if format.name == "w4a8" and self._platform == "cpu":
-            # The same numbers in the layout of the int4 kernel, which computes with int8 activations either way.
+        if self._platform == "cpu" and format.name in ("w4a16", "w4a8"):
+            # The same numbers in the layout of the int4 kernel, which computes with int8 activations either way and
+            # knows no scales of whole rows.
             return get_format("w4a16", format.group_size) if format.group_size else None
         return None if support(format.name, self._platform).how == DEQUANTIZED else format
 

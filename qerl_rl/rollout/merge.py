@@ -92,7 +92,8 @@ class MergedAdapters:
             weight, (a, b) = f"{target.stem}.weight", target.factors(tensors, scale)
             format = self._plan.engine_format(weight)
             if format is None:
-                base = self._plan.reader.weight(weight)
+                # As it was loaded: on the grid already.
+                base = self._plan.reader.weight(weight, torch.bfloat16)
                 yield weight, merged_bfloat16(base, a, b, rounding, weight, survival)
             else:
                 merged = merged_parts(format, self._plan.parts(weight), a, b, rounding, weight, survival)

@@ -31,6 +31,13 @@ def stored(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
     return build
 
 
+@pytest.mark.parametrize("format", ["w4a16", "w4a8"])
+def test_int4_with_scales_of_whole_rows_is_dequantized(stored: Callable[..., Path], format: str) -> None:
+    plan = LoadPlan(stored(format, group_size=-1), "cpu")
+    assert plan.quantization_config() is None
+    assert not any(plan.engine_format(name) for name in plan.names())
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_is_loaded_stands_for_the_same_weights(stored: Callable[..., Path], format: str) -> None:
     folder = stored(format, group_size=32 if format.startswith("w4") else 0)
