@@ -109,6 +109,9 @@ class MergedAdapters:
         if tensors.keys() != expected:
             missing, unknown = sorted(expected - tensors.keys())[:3], sorted(tensors.keys() - expected)[:3]
             raise ValueError(f"adapters don't fit the engine: missing {missing or 'none'}, unknown {unknown or 'none'}")
+        for _, targets, _ in self._layers:
+            for target in targets:
+                target.factors(tensors, 1.0)
 
 
 def merges_adapters(model: torch.nn.Module, lora: LoraConfig) -> bool:
@@ -116,6 +119,8 @@ def merges_adapters(model: torch.nn.Module, lora: LoraConfig) -> bool:
 
     Raises: ConfigError for `adapter` where an expert kernel takes none.
     """
+    if not (lora.attention or lora.experts or lora.shared_experts):
+        return False
     layers = [layer for path, layer in model.named_modules() if path.endswith("experts.routed_experts")]
     refusing = {expert_kernel(layer) for layer in layers} - {ADAPTED_KERNEL} if lora.experts else set()
     if lora.in_rollout == "adapter" and refusing:
