@@ -25,7 +25,7 @@ from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.kv_cache import KvCacheMemory
 from qerl_rl.rollout.limits import check_expert_sizes, check_groups
 from qerl_rl.rollout.load_plan import LoadPlan
-from qerl_rl.rollout.loader import LOAD_FORMAT, register_loader, shown_config
+from qerl_rl.rollout.loader import loader_options
 from qerl_rl.rollout.merge import MergedAdapters, merges_adapters
 from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
@@ -66,7 +66,6 @@ class VllmEngine:
             apply_patches()
             self._plan = LoadPlan(model_path, platform_name())
             check_groups(self._plan, rollout)
-            register_loader(self._plan)
             arguments = _engine_args(self._plan, rollout, max_length, seed)
             self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
         runner = self._engine.model_executor.driver_worker.worker.model_runner
@@ -240,8 +239,7 @@ def _engine_args(plan: LoadPlan, rollout: RolloutConfig, max_length: int, seed: 
 
     return EngineArgs(
         model=str(plan.reader.path),
-        hf_overrides=shown_config(plan),
-        load_format=LOAD_FORMAT,
+        **loader_options(plan),
         skip_tokenizer_init=True,
         generation_config="vllm",
         dtype=rollout.dtype,

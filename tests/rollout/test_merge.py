@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def _scene(folders: dict[str, Path], out: Path) -> dict[str, Any]:
         merging.set_adapters({key: 0 * tensor for key, tensor in adapters.items()}, 2)
         if name == "w8a8":
             broken = adapters | {f"{FUSED}.lora_B": adapters[f"{FUSED}.lora_B"][:-32]}
-            seen["error shape"] = _error(lambda broken=broken: merging.set_adapters(broken, 3))
-            seen["error names"] = _error(lambda: merging.set_adapters({}, 3))
+            seen["error shape"] = _error(partial(merging.set_adapters, broken, 3))
+            seen["error names"] = _error(partial(merging.set_adapters, {}, 3))
         seen[name, "merged away"] = generate(merging, GROUPS)
         if name in ("nvfp4", "mixed"):
             twin = write_merged(folder, {}, out / f"{name}-twin", as_floats=True)
@@ -75,7 +76,7 @@ def _scene(folders: dict[str, Path], out: Path) -> dict[str, Any]:
             seen[name, "fresh"] = generate(engine(merged, OFF), GROUPS)
     for name in NATIVE:
         seen[name, "survival"] = _survival(engine(folders[name], STOCHASTIC), folders[name])
-    seen["error"] = _error(lambda: engine(folders["w4a16"], dataclasses.replace(LORA, in_rollout="adapter")))
+    seen["error"] = _error(partial(engine, folders["w4a16"], dataclasses.replace(LORA, in_rollout="adapter")))
     return seen
 
 
