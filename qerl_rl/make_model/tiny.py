@@ -83,7 +83,7 @@ def make_tiny(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".unquantized-") as unquantized:
         save_model(model, tokenizer, Path(unquantized))
-        weight_bytes = quantize_checkpoint(unquantized, out, "w8a8")
+        weight_bytes = quantize_checkpoint(unquantized, out, "w8a8").weight_bytes
     made = TinyModel("arithmetic", seed, stopped.step, accuracy, weight_bytes)
     (out / NOTE_NAME).write_text(json.dumps(asdict(made), indent=2) + "\n")
     return made
