@@ -50,7 +50,7 @@ def same_format(left: Format | None, right: Format | None) -> bool:
     """Whether both store a weight in the same parts of the same meaning."""
     if left is None or right is None:
         return left is right
-    return (left.name, left.group_size) == (right.name, right.group_size)
+    return (type(left), left.group_size, left.parts) == (type(right), right.group_size, right.parts)
 
 
 def described(format: Format | None) -> str:

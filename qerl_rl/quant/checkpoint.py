@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qerl_rl.config.errors import ConfigError
-from qerl_rl.quant.formats import Format
+from qerl_rl.quant.formats import Format, Part
 from qerl_rl.quant.modelslim import ModelSlimFormats
 from qerl_rl.quant.stored import StoredFormats
 
@@ -139,6 +139,23 @@ class CheckpointReader:
         suffix = self.described().suffix
         return format.loaded({part.suffix: self.get(name + suffix(part.suffix)) for part in format.parts})
 
+    def part(self, name: str, part: Part, *index: slice) -> torch.Tensor:
+        """One of the `parts` of X.weight, or what `index` leaves of its dimensions; nothing else is read where the part
+        lies in the checkpoint as it does in memory."""
+        format = self.format_of(name)
+        if format is None:
+            raise KeyError(name)
+        suffix = self._description().suffix
+        if self.shape(name + suffix(part.suffix)) == part.shape(self.weight_shape(name)):
+            return self.get(name + suffix(part.suffix), *index).to(part.dtype)
+        stored = {
+            other.suffix: self.get(name + suffix(other.suffix))
+            if other == part
+            else torch.empty(self.shape(name + suffix(other.suffix)), device="meta")
+            for other in format.parts
+        }
+        return format.loaded(stored)[part.suffix][index]
+
     def weight(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight `name` as floats, dequantized where it is quantized."""
         format = self.format_of(name)
@@ -149,7 +166,7 @@ class CheckpointReader:
         format = self.format_of(name)
         if format is None:
             return self.shape(name)
-        *rows, elements = self.shape(name + format.parts[0].suffix)
+        *rows, elements = self.shape(name + self._description().suffix(format.parts[0].suffix))
         return (*rows, elements * format.parts[0].columns)
 
     def weights(self) -> list[str]:
