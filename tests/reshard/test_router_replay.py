@@ -43,9 +43,14 @@ Routed = list[tuple[np.ndarray, np.ndarray]]
 """Of each sample, prompt and response int [tokens], and the experts of all of them but the last."""
 
 
+_kept: list[VllmEngine] = []
+"""Where vLLM's engine is collected, it takes the process groups with it that the next one and Megatron are using."""
+
+
 def routing_engine(folder: Path, **rollout: Any) -> VllmEngine:
     # In float32 near-ties are too rare to tell two right answers apart.
-    return make_engine(folder, ATTENTION, record_routing=True, dtype="float32", **rollout)
+    _kept.append(make_engine(folder, ATTENTION, record_routing=True, dtype="float32", **rollout))
+    return _kept[-1]
 
 
 def flat(outputs: Sequence[GroupOutput], length: int | None = None) -> Routed:
@@ -149,6 +154,7 @@ def probability_gaps(folder: Path) -> dict[str, Any]:
     )
     trainer = TrainEngine(config)
     engine = VllmEngine(folder, config.rollout, config.lora, max_length=128, seed=0, record_routing=True)
+    _kept.append(engine)
     requests = [GroupRequest(group, request(group, length=40).prompt_tokens, 8, seed=group) for group in range(16)]
     outputs = list(engine.generate(requests))
     prompts = {own.group: own.prompt_tokens for own in requests}
