@@ -18,10 +18,13 @@ from qerl_rl.data.pairs import Pair
 from qerl_rl.metrics.console import RunDisplay
 from qerl_rl.metrics.plot import plot_run
 from qerl_rl.metrics.tracker import Tracker, keep_before
+from qerl_rl.quant.requantize import Survival
 from qerl_rl.reshard.ledger import SwapReport
 from trainer.resume import checkpoints_of
 from transfer_dock import Batch
 
+SURVIVAL_FLOOR = 0.8
+"""Less than this of an update in the engine's merged weights is worth a warning."""
 TIMED = ("rollout", "swap", "reward", "log_probs", "update")
 
 
@@ -42,6 +45,7 @@ class RunRecorder:
         self.tracker = Tracker(self.folder, config.track, first_step=first_step)
         self.memory: Callable[[], int] = own_peak_bytes
         self._seconds: dict[str, float] = {}
+        self._swapped: dict[str, float] = {}
         self._swaps = self.folder / "swaps.jsonl"
         keep_before(self._swaps, first_step)
         self._first_step, self._step = first_step, 0
@@ -49,12 +53,12 @@ class RunRecorder:
     @contextmanager
     def step(self, number: int) -> Iterator[dict[str, float]]:
         """One step; what is put into the yielded dictionary is logged with the times when it ends."""
-        self._step, self._seconds = number, {}
+        self._step, self._seconds, self._swapped = number, {}, {}
         begin = perf_counter()
         record: dict[str, float] = {}
         yield record
         total = perf_counter() - begin
-        metrics = {**record, **self._times(total), **self._throughput(record)}
+        metrics = {**record, **self._swapped, **self._times(total), **self._throughput(record)}
         metrics["memory/peak_bytes"] = float(self.memory())
         self.tracker.log(number, metrics)
         self.display.finish_step(number, metrics)
@@ -92,6 +96,21 @@ class RunRecorder:
                 file.write(json.dumps(row) + "\n")
         if self._step == self._first_step:
             self.display.note(f"rank 0: {reports[0].line()}")
+        self._count_survival([report.survival for report in reports if report.survival is not None])
+
+    def _count_survival(self, parts: list[Survival]) -> None:
+        """How much of the adapters came into merged weights, over all ranks; a warning where it is little."""
+        if not parts:
+            return
+        total = Survival()
+        for part in parts:
+            total.add(part)
+        self._swapped["swap/update_survival"] = total.ratio
+        if total.ratio < SURVIVAL_FLOOR:
+            fix = "set lora.merge_rounding to stochastic"
+            if self.config.lora.merge_rounding == "stochastic":
+                fix = "set lora.in_rollout to adapter, or use a format of finer steps (w8a8)"
+            self.display.note(f"swap/update_survival is {total.ratio:.2f}: merged weights lost what was learned; {fix}")
 
     def samples(self, step: int, batch: Batch, advantages: np.ndarray) -> None:
         """Write the first rows of a scored step to samples.jsonl."""

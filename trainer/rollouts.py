@@ -171,11 +171,11 @@ class AheadRollouts(Rollouts):
 
     def roll_out(self, step: int) -> Metrics:
         if not self._sampled and not self._under_way:
-            self.trainer.swap("publish")
+            self.trainer.swap("publish", step)
             self._start(step)
         self._finish()
         metrics, self._sampled = self._sampled, {}
-        self.trainer.swap("publish")
+        self.trainer.swap("publish", step + 1)
         metrics |= self.trainer.evaluate(step)
         if step < self.config.run.steps:
             self._start(step + 1)

@@ -129,9 +129,12 @@ class ActorHybridWorker:
         """Give the card to the trainer: of the policy, or of `critic` or `reward_model`."""
         return self.swap.to_train(model)
 
-    def publish(self) -> SwapReport:
-        """Serve the newest policy while this rank goes on training; the noise comes with `start_generation`."""
-        return self.swap.publish()
+    def publish(self, step: int) -> SwapReport:
+        """Serve the newest policy, to sample for `step`, while this rank goes on training.
+
+        The noise comes with `start_generation`.
+        """
+        return self.swap.publish(step)
 
     def generate(self, dock: TransferDock, prompts: Batch | None, quota: int | None = None) -> dict[str, Any]:
         """Answer the prompts of this data-parallel rank's lease (None: no prompts), writing each group when it is done.

@@ -248,9 +248,14 @@ def _check_adapters(config: Config) -> Fault:
     if not (config.lora.attention or config.lora.experts):
         problem = "lora.attention and lora.experts are both false: nothing would train."
         return "lora.attention", problem, "set one of them to true"
-    if config.lora.experts and config.quant.format == "none":
-        problem = "lora.experts=true over quant.format=none: the engine runs expert adapters beside int8 experts only."
-        return "lora.experts", problem, "set lora.experts to false, or quantize the model and set quant.format to w8a8"
+    key, rounding = "lora.in_rollout", "lora.merge_rounding"
+    if config.lora.experts and config.lora.in_rollout == "adapter" and config.quant.format != "w8a8":
+        problem = f"{key}=adapter: the engine runs expert adapters beside int8 experts only, and quant.format is"
+        fix = f"set {key} to auto or merge, or lora.experts to false"
+        return key, f"{problem} {config.quant.format}.", fix
+    if config.lora.in_rollout == "adapter" and config.lora.merge_rounding == "nearest":
+        problem = f"{rounding}=nearest, but {key}=adapter rounds nothing."
+        return rounding, problem, f"set {rounding} to stochastic, or {key} to merge"
     return None
 
 

@@ -46,6 +46,8 @@ class MoeSizes:
     shared_expert_width: int = 96
     norm_topk_prob: bool = True
     tied: bool = False
+    vocabulary: int = 0
+    """Tokens of the embedding; 0: as many as the tokenizer knows."""
     max_length: int = 512
 
 
@@ -55,7 +57,7 @@ def build_moe(family: str, sizes: MoeSizes, tokenizer: PreTrainedTokenizerBase, 
     Its weights are HF's usual small ones, drawn by `seed` without touching the caller's random numbers.
     """
     options: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": sizes.vocabulary or len(tokenizer),
         "hidden_size": sizes.hidden,
         "num_hidden_layers": sizes.layers,
         "num_attention_heads": sizes.heads,

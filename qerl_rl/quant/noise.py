@@ -77,7 +77,8 @@ def scaled_input(factors: torch.Tensor) -> Any:
 
     def scale(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *others = inputs
-        return ((hidden.float() * factors).to(hidden.dtype), *others)
+        # In one operation: a decoding step has so few tokens that each further one would show.
+        return (torch.mul(hidden, factors, out=torch.empty_like(hidden)), *others)
 
     return scale
 

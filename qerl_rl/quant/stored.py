@@ -30,7 +30,7 @@ class StoredFormats:
             )
         self._ignore = tuple(described.get("ignore") or ())
         self._groups = [
-            _Group(tuple(group["targets"]), _format_of_group(group, where))
+            _Group(tuple(group["targets"]), format_of_group(group, where))
             for group in (described.get("config_groups") or {}).values()
         ]
 
@@ -53,7 +53,7 @@ def _matches(name: str, target: str) -> bool:
     return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
 
 
-def _format_of_group(group: dict[str, Any], where: str) -> Format:
+def format_of_group(group: dict[str, Any], where: str) -> Format:
     weights, activations = group["weights"], group.get("input_activations")
     kind = (weights["type"], weights["num_bits"])
     size = weights.get("group_size") or WHOLE_ROW

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from qerl_rl.quant.requantize import Survival
+
 POLICY, CRITIC, REWARD_MODEL = "train", "critic", "reward_model"
 """The models that the trainer runs: names of their phases, and of what they hold."""
 
@@ -16,13 +18,15 @@ class SwapReport:
     """One phase change on one rank.
 
     phase: the phase that begins, `rollout` or the name of a model. seconds: by stage, in the order run. moved_bytes:
-    adapter bytes written into the rollout engine. released_bytes: bytes by kind that left memory. held_bytes: bytes by
-    engine and kind now in memory.
+    bytes written into the rollout engine: adapters, or the weights that they were merged into. survival: how much of
+    the adapters this rank's merged weights kept, None where nothing was merged. released_bytes: bytes by kind that left
+    memory. held_bytes: bytes by engine and kind now in memory.
     """
 
     phase: str
     seconds: dict[str, float] = field(default_factory=dict)
     moved_bytes: int = 0
+    survival: Survival | None = None
     released_bytes: dict[str, int] = field(default_factory=dict)
     held_bytes: dict[str, int] = field(default_factory=dict)
 

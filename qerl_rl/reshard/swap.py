@@ -48,7 +48,8 @@ class Swap:
         with report.stage("offload"):
             report.released_bytes = self._offload(self._models)
         with report.stage("transfer"):
-            report.moved_bytes = self._rollout.set_adapters(adapters)
+            report.moved_bytes = self._rollout.set_adapters(adapters, step)
+        report.survival = self._rollout.survival
         with report.stage("noise"):
             self.set_noise(step)
         with report.stage("kv_cache"):
@@ -56,8 +57,8 @@ class Swap:
         report.held_bytes = self.held_bytes()
         return report
 
-    def publish(self) -> SwapReport:
-        """Serve the policy as it is now, while the train state stays: both engines are in memory.
+    def publish(self, step: int) -> SwapReport:
+        """Serve the policy as it is now to sample for `step`, while the train state stays: both engines are in memory.
 
         The section swap of the configuration has no effect then.
         """
@@ -65,7 +66,8 @@ class Swap:
         with report.stage("gather"):
             adapters = self._train.gather_adapters()
         with report.stage("transfer"):
-            report.moved_bytes = self._rollout.set_adapters(adapters)
+            report.moved_bytes = self._rollout.set_adapters(adapters, step)
+        report.survival = self._rollout.survival
         with report.stage("kv_cache"):
             self._rollout.restore_kv_cache()
         report.held_bytes = self.held_bytes()

@@ -86,8 +86,10 @@ class AdapterSet:
         module.quant_method = _LinearWithAdapter(module.quant_method, adapter.a, adapter.b)
         self.adapters.append(adapter)
 
-    def update(self, tensors: Mapping[str, torch.Tensor]) -> int:
+    def update(self, tensors: Mapping[str, torch.Tensor], step: int = 0) -> int:
         """Take over full tensors in the exchange format; returns the bytes of this rank's slices.
+
+        step has no effect: nothing is rounded here.
 
         Raises: ValueError when a tensor is missing, unknown or of another shape; some adapters may be updated then.
         """

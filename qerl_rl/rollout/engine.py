@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from qerl_rl.quant.noise import Noise
+from qerl_rl.quant.requantize import Survival
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,15 @@ class RolloutEngine(Protocol):
         of this rank's groups are complete (`Quota` says which), then yield the others as they are; None waits for all.
         """
 
-    def set_adapters(self, tensors: Mapping[str, torch.Tensor]) -> int:
-        """Serve these adapters from now on (exchange format, full tensors); returns the bytes this rank took over."""
+    def set_adapters(self, tensors: Mapping[str, torch.Tensor], step: int = 0) -> int:
+        """Serve these adapters from now on (exchange format, full tensors); returns the bytes this rank took over.
+
+        step: merged weights are rounded by the random numbers of this step.
+        """
+
+    @property
+    def survival(self) -> Survival | None:
+        """How much of the adapters the last merge kept; None where adapters act beside the weights."""
 
     def set_noise(self, noise: Noise) -> None:
         """Put `noise` on the clean RMSNorm weights of every layer; sigma 0 takes it away."""

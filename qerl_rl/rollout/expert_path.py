@@ -89,6 +89,15 @@ def _grouped_linear(
     return output
 
 
+ADAPTED_KERNEL = "CPUExpertsInt8"
+"""The kernel whose packed weights the path here reads."""
+
+
+def expert_kernel(layer: Any) -> str:
+    """The name of what computes the experts of vLLM's layer."""
+    return type(layer.quant_method.moe_kernel.fused_experts).__name__
+
+
 def attach_expert_path(
     layer: Any, gate_up_a: torch.Tensor, gate_up_b: torch.Tensor, down_a: torch.Tensor, down_b: torch.Tensor
 ) -> None:
@@ -96,11 +105,11 @@ def attach_expert_path(
 
     Raises: RuntimeError when the layer's weights are not those of the int8 CPU kernel.
     """
-    kernel = layer.quant_method.moe_kernel.fused_experts
-    if type(kernel).__name__ != "CPUExpertsInt8":
+    if expert_kernel(layer) != ADAPTED_KERNEL:
         raise RuntimeError(
-            f"expert adapters need int8 (W8A8) experts; this engine computes with {type(kernel).__name__}"
+            f"expert adapters need int8 (W8A8) experts; this engine computes with {expert_kernel(layer)}"
         )
+    kernel = layer.quant_method.moe_kernel.fused_experts
     experts = ExpertsWithAdapters(
         (layer.w13_weight, layer.w2_weight),
         (layer.w13_weight_scale, layer.w2_weight_scale),

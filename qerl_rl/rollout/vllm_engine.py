@@ -17,12 +17,16 @@ import torch.distributed as dist
 
 from qerl_rl.config.schema import LoraConfig, RolloutConfig
 from qerl_rl.quant.noise import Noise
+from qerl_rl.quant.requantize import Survival
 from qerl_rl.rollout.adapters import AdapterSet
 from qerl_rl.rollout.collector import Collector, unfinished_samples
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.kv_cache import KvCacheMemory
 from qerl_rl.rollout.limits import check_expert_sizes
+from qerl_rl.rollout.load_plan import LoadPlan
+from qerl_rl.rollout.loader import LOAD_FORMAT, register_loader, shown_config
+from qerl_rl.rollout.merge import MergedAdapters, merges_adapters
 from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
 from qerl_rl.rollout.routing import no_experts, routing_engine
@@ -57,15 +61,22 @@ class VllmEngine:
             warnings.simplefilter("ignore", FutureWarning)
             from vllm import LLMEngine
 
-            from qerl_rl.rollout.vllm_patches import apply_patches
+            from qerl_rl.rollout.vllm_patches import apply_patches, platform_name
 
             apply_patches()
-            arguments = _engine_args(model_path, rollout, max_length, seed)
+            self._plan = LoadPlan(model_path, platform_name())
+            register_loader(self._plan)
+            arguments = _engine_args(self._plan, rollout, max_length, seed)
             self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
         runner = self._engine.model_executor.driver_worker.worker.model_runner
         drop_unused_copies(runner.model)
         self._weights = weight_bytes(runner.model)
-        self._adapters = AdapterSet(runner.model, lora) if lora.attention or lora.experts else None
+        self._adapters: AdapterSet | MergedAdapters | None = None
+        if merges_adapters(runner.model, lora):
+            world_size = rollout.tensor_parallel * (rollout.data_parallel if rollout.expert_parallel else 1)
+            self._adapters = MergedAdapters(runner.model, self._engine.vllm_config, self._plan, lora, seed, world_size)
+        elif lora.attention or lora.experts:
+            self._adapters = AdapterSet(runner.model, lora)
         self._noise = NormNoise(runner.model)
         self._no_experts = no_experts(self._engine) if record_routing else None
         self._kv_cache = KvCacheMemory(runner.kv_caches)
@@ -161,13 +172,26 @@ class VllmEngine:
         if names:
             self._engine.abort_request(names)
 
-    def set_adapters(self, tensors: Mapping[str, torch.Tensor]) -> int:
-        """Copy this rank's slices into the layers, scaled; cached prefixes of the old policy are forgotten."""
+    def set_adapters(self, tensors: Mapping[str, torch.Tensor], step: int = 0) -> int:
+        """See RolloutEngine; cached prefixes of the old policy are forgotten."""
         if self._adapters is None:
             raise RuntimeError("set_adapters() on an engine built with lora.attention and lora.experts off")
-        taken = self._adapters.update(tensors)
+        taken = self._adapters.update(tensors, step)
         self._engine.reset_prefix_cache()
         return taken
+
+    @property
+    def description(self) -> str:
+        """How this engine runs its weights and adapters, in a line."""
+        if self._adapters is None:
+            return self._plan.line()
+        how = "merged into the weights" if isinstance(self._adapters, MergedAdapters) else "beside the weights"
+        return f"{self._plan.line()}; adapters {how}"
+
+    @property
+    def survival(self) -> Survival | None:
+        """See RolloutEngine."""
+        return self._adapters.survival if isinstance(self._adapters, MergedAdapters) else None
 
     def set_noise(self, noise: Noise) -> None:
         """See RolloutEngine; cached prefixes computed under other noise are forgotten."""
@@ -215,11 +239,13 @@ def end_of_sequence_tokens(folder: Path) -> list[int]:
     return []
 
 
-def _engine_args(model_path: str | Path, rollout: RolloutConfig, max_length: int, seed: int) -> Any:
+def _engine_args(plan: LoadPlan, rollout: RolloutConfig, max_length: int, seed: int) -> Any:
     from vllm import EngineArgs
 
     return EngineArgs(
-        model=str(model_path),
+        model=str(plan.reader.path),
+        hf_overrides=shown_config(plan),
+        load_format=LOAD_FORMAT,
         skip_tokenizer_init=True,
         generation_config="vllm",
         dtype=rollout.dtype,

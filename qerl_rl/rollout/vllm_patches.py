@@ -26,13 +26,22 @@ def apply_patches() -> None:
             unlink_shared_memory_early,
             unlink_message_queues_early,
             cpu_experts_honour_expert_map,
-            int8_experts_without_amx,
+            quantized_experts_without_amx,
+            int4_experts_of_any_group_size,
+            int8_products_keep_their_scales,
             cpu_communicator_gathers_unequal_parts,
             numa_policy_left_alone,
         ):
             if patch.__name__ not in _applied:
                 patch()
                 _applied.add(patch.__name__)
+
+
+def platform_name() -> str:
+    """This platform as the table of quant/platforms.py names it."""
+    from vllm.platforms import current_platform
+
+    return "cpu" if current_platform.is_cpu() else "cuda"
 
 
 def _existing(owner: Any, name: str) -> Any:
@@ -114,11 +123,12 @@ def cpu_experts_honour_expert_map() -> None:
     """Give the CPU expert kernels local expert ids, and weight 0 for experts of other ranks.
 
     Without it they index the local experts with global ids: expert parallel reads past the weights and segfaults (bf16)
-    or is refused (int8).
+    or is refused (int8, int4).
     """
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-    for owner in (_existing(cpu_moe, "CPUUnquantizedExperts"), _existing(cpu_moe, "CPUExpertsInt8")):
+    for name in ("CPUUnquantizedExperts", "CPUExpertsInt8", "CPUExpertsInt4"):
+        owner = _existing(cpu_moe, name)
         owner.apply = _with_local_experts(_existing(owner, "apply"))
         owner.supports_expert_map = lambda self: True
 
@@ -151,18 +161,57 @@ def _with_local_experts(original: Callable[..., None]) -> Callable[..., None]:
     return apply
 
 
-def int8_experts_without_amx() -> None:
-    """Let the int8 CPU experts run on x86 with AVX512-VNNI.
+def quantized_experts_without_amx() -> None:
+    """Let the int8 and int4 CPU experts run on x86 with AVX512-VNNI.
 
-    Without it they demand AMX, and a W8A8 MoE model is refused ("No Int8 MoE backend supports ...") on CPUs that have
-    none, although the kernel takes its VNNI path there. Below VNNI the kernel aborts the process, so the gate stays.
+    Without it they demand AMX, and a W8A8 or W4A16 MoE model is refused ("No Int8 MoE backend supports ...") on CPUs
+    that have none, although the kernel takes its VNNI path there. Below VNNI it aborts the process, so the gate stays.
     """
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-    owner = _existing(cpu_moe, "CPUExpertsInt8")
-    original = _existing(owner, "_supports_current_device")
     vnni = _existing(torch.cpu, "_is_vnni_supported")
-    owner._supports_current_device = staticmethod(lambda: original() or vnni())
+    for name in ("CPUExpertsInt8", "CPUExpertsInt4"):
+        owner = _existing(cpu_moe, name)
+        original = _existing(owner, "_supports_current_device")
+        owner._supports_current_device = staticmethod(functools.partial(_either, original, vnni))
+
+
+def _either(first: Callable[[], bool], second: Callable[[], bool]) -> bool:
+    return first() or second()
+
+
+def int4_experts_of_any_group_size() -> None:
+    """Let the int4 CPU experts take weights in groups of any size that their tiles divide.
+
+    Without it they know the key of one scheme only, and W4A16 in groups of 32 finds no backend.
+    """
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    owner = _existing(cpu_moe, "CPUExpertsInt4")
+    _existing(owner, "_supports_quant_scheme")
+    owner._supports_quant_scheme = staticmethod(
+        lambda weight_key, activation_key: activation_key is None and "uint4b8" in str(weight_key)
+    )
+
+
+def int8_products_keep_their_scales() -> None:
+    """Keep the scales of an int8 product as long as its oneDNN handler.
+
+    Without it weights that are written anew in place (merged adapters) give NaN on CPUs without AMX: the handler has
+    nothing but the address of scales that the reload frees.
+    """
+    from vllm import _custom_ops
+
+    original = _existing(_custom_ops, "create_onednn_scaled_mm")
+
+    @functools.wraps(original)
+    def create_onednn_scaled_mm(weight: torch.Tensor, weight_scales: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        scales = weight_scales.detach().clone()
+        handler = original(weight, scales, *rest, **options)
+        handler.scales_kept = scales
+        return handler
+
+    _custom_ops.create_onednn_scaled_mm = create_onednn_scaled_mm
 
 
 def cpu_communicator_gathers_unequal_parts() -> None:

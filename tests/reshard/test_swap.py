@@ -111,7 +111,7 @@ def train_and_swap(model, folder, train, rollout):
     worker.swap_to_train()
     after = difference(worker, after_tokens, after_log_probs)
     # Beside the train state, which stays in memory, the engine serves the same policy.
-    published = worker.publish()
+    published = worker.publish(0)
     again = greedy(worker.rollout)
     worker.export(str(Path(folder) / "export"))
     last = worker.config.run.steps

@@ -25,7 +25,9 @@ class RememberingRollout:
         self.served: list[dict[str, Any]] = []
         self.kv_cache = 64
 
-    def set_adapters(self, adapters: dict[str, Any]) -> int:
+    survival = None
+
+    def set_adapters(self, adapters: dict[str, Any], step: int) -> int:
         self.served.append({name: tensor.numpy().copy() for name, tensor in adapters.items()})
         return sum(tensor.nbytes for tensor in adapters.values())
 

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from qerl_rl.config.schema import LoraConfig, RolloutConfig
-from qerl_rl.quant.checkpoint import CheckpointReader
-from qerl_rl.quant.w8a8 import dequantize
+from qerl_rl.quant.checkpoint import CheckpointReader, ShardWriter
+from qerl_rl.quant.requantize import requantized
+from qerl_rl.rollout.adapters import AdapterSet
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest
 from qerl_rl.rollout.vllm_engine import VllmEngine
 
@@ -73,6 +74,16 @@ def log_prob_gaps(left: Plain, right: Plain) -> np.ndarray:
     return np.concatenate(gaps)
 
 
+def model_of(engine: VllmEngine) -> Any:
+    """vLLM's model of this rank."""
+    return engine._engine.model_executor.driver_worker.worker.model_runner.model
+
+
+def act_beside_the_weights(engine: VllmEngine, lora: LoraConfig = LORA) -> None:
+    """Make an engine that merges adapters, and has none merged now, one that computes with them beside its weights."""
+    engine._adapters = AdapterSet(model_of(engine), lora)
+
+
 def random_adapters(folder: Path, seed: int, deviation: float = 0.1, rank: int = LORA.rank) -> dict[str, torch.Tensor]:
     """Full adapters in the exchange format for the model in `folder`; deviation 0 gives zeros."""
     config = json.loads((folder / "config.json").read_text())
@@ -108,7 +119,7 @@ def hf_model(folder: Path, adapters: Mapping[str, torch.Tensor] | None = None, s
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with CheckpointReader(folder) as reader:
-        weights = {name: _weight(reader, name) for name in reader.names() if not name.endswith("weight_scale")}
+        weights = {name: reader.weight(name) for name in reader.weights()}
     for name in {name.rpartition(".")[0] for name in adapters or {}}:
         delta = scale * adapters[f"{name}.lora_B"] @ adapters[f"{name}.lora_A"]  # type: ignore[index]
         for target, part in _unfused(name, delta, config):
@@ -116,12 +127,6 @@ def hf_model(folder: Path, adapters: Mapping[str, torch.Tensor] | None = None, s
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.load_state_dict(_fused_experts(weights, config), strict=not config.tie_word_embeddings)
     return model
-
-
-def _weight(reader: CheckpointReader, name: str) -> torch.Tensor:
-    if reader.is_quantized(name):
-        return dequantize(reader.get(name), reader.get(f"{name}_scale"))
-    return reader.get(name).float()
 
 
 def _unfused(name: str, delta: torch.Tensor, config: Any) -> list[tuple[str, torch.Tensor]]:
@@ -149,6 +154,34 @@ def _unfused(name: str, delta: torch.Tensor, config: Any) -> list[tuple[str, tor
             halves = matrix.chunk(2)
             parts += [(f"{place}.{expert}.{kind}.weight", half) for kind, half in zip((gate, up), halves, strict=True)]
     return parts
+
+
+def write_merged(folder: Path, adapters: Mapping[str, torch.Tensor], out: Path, *, as_floats: bool) -> Path:
+    """The checkpoint in `folder` with 2 B A added and rounded to the nearest number of its format, or of bfloat16."""
+    from transformers import AutoConfig
+
+    config, changes = AutoConfig.from_pretrained(folder), {}
+    for name in {name.rpartition(".")[0] for name in adapters}:
+        changes |= dict(_unfused(name, 2.0 * adapters[f"{name}.lora_B"] @ adapters[f"{name}.lora_A"], config))
+    writer = ShardWriter(out)
+    with CheckpointReader(folder) as reader:
+        for name in reader.weights():
+            format, change = reader.format_of(name), changes.get(name)
+            if format is None or as_floats:
+                merged = reader.weight(name)
+                writer.add(name, (merged if change is None else merged + change).to(torch.bfloat16))
+                continue
+            parts = reader.parts(name)
+            if change is not None:
+                parts, _ = requantized(format, parts, change, None)
+            for suffix, tensor in format.stored(parts).items():
+                writer.add(name + suffix, tensor)
+    writer.finish()
+    described = json.loads((folder / "config.json").read_text())
+    if as_floats:
+        del described["quantization_config"]
+    (out / "config.json").write_text(json.dumps(described))
+    return out
 
 
 def _fused_experts(weights: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:

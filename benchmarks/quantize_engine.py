@@ -1,0 +1,168 @@
+"""How fast the engine runs quantized experts: `python -m benchmarks.quantize_engine` (about 6 minutes).
+
+A Qwen3-MoE of 432 M random parameters (8 layers, 32 experts, 4 a token) in bfloat16, W8A8 and W4A16, each in a process
+of its own with one thread, without adapters. The engines are measured in turn, one at a time, round after round; a
+figure is the median over the rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.figures import Figure
+from tests.ranks import RankPool
+
+ROUNDS, BATCHES = 5, (1, 4, 16)
+DECODED, PROMPT, PREFILLED = 48, 16, 512
+VOCABULARY = 2048
+NOISE_ROUNDS, GROUPS, SAMPLES, RESPONSE = 15, 16, 8, 32
+_engine: Any = None
+
+
+def build(folder: Path) -> dict[str, Path]:
+    """The three checkpoints, by format."""
+    import torch
+
+    from qerl_rl.make_model.random_model import MoeSizes, save_random_checkpoint
+    from qerl_rl.quant.quantize import quantize_checkpoint
+
+    attention = {"heads": 16, "kv_heads": 8, "head_dim": 64}
+    experts = {"experts": 32, "top_k": 4, "expert_width": 512}
+    sizes = MoeSizes(layers=8, hidden=1024, **attention, **experts, vocabulary=VOCABULARY, max_length=1024)
+    folders = {name: folder / name for name in ("bf16", "w8a8", "w4a16")}
+    save_random_checkpoint(folders["bf16"], "qwen3_moe", sizes, dtype=torch.bfloat16)
+    for format in ("w8a8", "w4a16"):
+        quantize_checkpoint(folders["bf16"], folders[format], format)
+    return folders
+
+
+def start(folder: Path, lora: dict[str, Any], max_length: int, response: int) -> None:
+    """The engine of this process."""
+    global _engine
+    from qerl_rl.config.schema import LoraConfig, RolloutConfig
+    from qerl_rl.rollout.vllm_engine import VllmEngine
+
+    rollout = RolloutConfig(
+        data_parallel=1,
+        max_sequences=128,
+        max_batched_tokens=4096,
+        kv_cache_bytes=128 << 20,
+        prefix_caching=False,
+        max_response_tokens=response,
+    )
+    _engine = VllmEngine(folder, rollout, LoraConfig(**lora), max_length=max_length, seed=0)
+
+
+def _requests(count: int, length: int, samples: int = 1, vocabulary: int = VOCABULARY) -> list[Any]:
+    from qerl_rl.rollout.engine import GroupRequest
+
+    random = np.random.default_rng(count)
+    prompts = [random.integers(8, vocabulary, length).astype(np.int32) for _ in range(count)]
+    return [GroupRequest(group, prompt, samples, seed=group) for group, prompt in enumerate(prompts)]
+
+
+def speed(batch: int) -> float:
+    """Tokens a second: `batch` sequences decoded together, or with 0 prompts of PREFILLED tokens prefilled."""
+    if batch == 0:
+        # With a token left of the engine's length, a response costs no step beside that of its prompt.
+        requests, tokens = _requests(2, PREFILLED), 2 * PREFILLED
+        begin = time.perf_counter()
+        list(_engine.generate(requests, greedy=True))
+        return tokens / (time.perf_counter() - begin)
+    begin = time.perf_counter()
+    outputs = list(_engine.generate(_requests(batch, PROMPT), greedy=True))
+    return sum(len(output.responses[0]) for output in outputs) / (time.perf_counter() - begin)
+
+
+def noisy_rollout(sigma: float, step: int) -> float:
+    """Seconds of a rollout of the quickstart's size with noise of this sigma, drawing the noise included."""
+    from qerl_rl.quant.noise import Noise
+
+    begin = time.perf_counter()
+    _engine.set_noise(Noise(sigma, seed=1, step=step, exempt_router=True))
+    list(_engine.generate(_requests(GROUPS, PROMPT, SAMPLES, 16)))
+    return time.perf_counter() - begin
+
+
+def measure() -> list[Figure]:
+    """All rows of this file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return [*decoding(build(Path(folder))), noise_cost(Path(folder) / "tiny")]
+
+
+def decoding(folders: dict[str, Path]) -> list[Figure]:
+    """Decode and prefill of int8 and int4 over bf16; the adapters' cost beside int8 experts."""
+    off = {"attention": False, "experts": False, "shared_experts": False}
+    engines = {name: (folder, off) for name, folder in folders.items()}
+    engines["w8a8, adapters"] = (folders["w8a8"], {"in_rollout": "adapter"})
+    speeds: dict[tuple[str, int], list[float]] = {}
+    with ExitStack() as stack:
+        pools = {name: stack.enter_context(RankPool(1)) for name in engines}
+        for name, (folder, lora) in engines.items():
+            pools[name](start, folder, lora, PREFILLED + 1, DECODED)
+        for turn in range(ROUNDS + 1):
+            for batch in (*BATCHES, 0):
+                for name, pool in pools.items():
+                    seen = pool(speed, batch)[0]
+                    # The first round of all warms up.
+                    if turn:
+                        speeds.setdefault((name, batch), []).append(seen)
+    return list(_rows(speeds))
+
+
+def _rows(speeds: dict[tuple[str, int], list[float]]) -> list[Figure]:
+    rows = []
+    for batch in (*BATCHES, 0):
+        what = f"decode, batch {batch}" if batch else f"prefill of {PREFILLED} tokens"
+        base = speeds["bf16", batch]
+        print(f"{what}: " + ", ".join(f"{n} {statistics.median(s):.0f}" for (n, b), s in speeds.items() if b == batch))
+        for name in ("w8a8", "w4a16"):
+            ratio = statistics.median(own / other for own, other in zip(speeds[name, batch], base, strict=True))
+            bar = {(16, "w8a8"): 1.5, (16, "w4a16"): 1.5, (0, "w8a8"): 2.0}.get((batch, name), 0.0)
+            rows.append(Figure(f"engine {what}: {name} / bf16", ratio, bar, at_least=True))
+        both = zip(speeds["w8a8, adapters", batch], speeds["w8a8", batch], strict=True)
+        ratio = statistics.median(own / other for own, other in both)
+        rows.append(Figure(f"engine {what}: w8a8 with adapters / without", ratio, 0.0, at_least=True))
+    return rows
+
+
+def noise_cost(folder: Path) -> Figure:
+    """What noise adds to a rollout of the quickstart's size, in percent."""
+    import torch
+
+    from qerl_rl.make_model.random_model import save_random_checkpoint
+    from qerl_rl.make_model.tiny import SIZES
+    from qerl_rl.quant.quantize import quantize_checkpoint
+
+    save_random_checkpoint(folder / "float", "qwen3_moe", SIZES, dtype=torch.bfloat16)
+    quantize_checkpoint(folder / "float", folder / "w8a8", "w8a8")
+    ratios = []
+    with RankPool(1) as pool:
+        pool(start, folder / "w8a8", {"in_rollout": "adapter"}, 64, RESPONSE)
+        for turn in range(NOISE_ROUNDS + 1):
+            # Which comes first changes from round to round: a drift of the machine's speed cancels out.
+            order = (0.01, 0.0) if turn % 2 else (0.0, 0.01)
+            seconds = {sigma: pool(noisy_rollout, sigma, turn + 1)[0] for sigma in order}
+            if turn:
+                ratios.append(seconds[0.01] / seconds[0.0])
+    return Figure(
+        "noise on, of a rollout of the quickstart's size", 100 * (statistics.median(ratios) - 1), 1.0, False, "%"
+    )
+
+
+def main() -> int:
+    figures = measure()
+    print(*figures, sep="\n")
+    return 0 if all(figure.met for figure in figures) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

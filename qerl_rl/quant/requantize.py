@@ -1,0 +1,144 @@
+"""A weight of a format plus a change of low rank, rounded to the format again.
+
+Scales stay the base's, so that the base lies on the grid and the change alone is rounded. A group that the change
+carries beyond the end of the grid gets the next larger scale that holds it: in steps of that scale the base is where
+it was but for a little, which joins the change. The mean over the random numbers is then W + D everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from qerl_rl.quant.base import Format, Parts
+from qerl_rl.quant.rounding import CHUNK_ELEMENTS, Rounding, round_to_bfloat16, round_to_grid
+
+
+@dataclass
+class Survival:
+    """How much of the changes D of weights W came through Q: sums of (Q(W + D) - Q(W)) * D and of D * D."""
+
+    applied: float = 0.0
+    wanted: float = 0.0
+
+    def add(self, other: Survival, share: float = 1.0) -> None:
+        """Add the sums of other weights, counted `share` times."""
+        self.applied += share * other.applied
+        self.wanted += share * other.wanted
+
+    def count(self, applied: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Add elements: two float32 tensors of one shape."""
+        self.applied += float(torch.dot(applied.flatten(), wanted.flatten()))
+        self.wanted += float(torch.dot(wanted.flatten(), wanted.flatten()))
+
+    @property
+    def ratio(self) -> float:
+        """1 when all of it came through (on average, as it does with stochastic rounding), also of no change at all."""
+        return self.applied / self.wanted if self.wanted else 1.0
+
+
+def merged_parts(
+    format: Format, parts: Parts, a: torch.Tensor, b: torch.Tensor, rounding: Rounding, name: str, survival: Survival
+) -> dict[str, torch.Tensor]:
+    """The parts, as in memory, of W + B A for a full weight W [N, K] of `format`; B A = 0 gives W's own numbers.
+
+    Args: a [rank, K], b [N, rank] float32. name: of the weight, which the rounding draws for. survival: what came
+    through is added to it.
+    """
+    chunks = []
+    for rows, change in _chunks(a, b):
+        thresholds = rounding.rows(name, rows.start, *change.shape)
+        chunk, applied = requantized(format, {key: part[rows] for key, part in parts.items()}, change, thresholds)
+        survival.count(applied, change)
+        chunks.append(chunk)
+    return {part.suffix: _concatenated([chunk[part.suffix] for chunk in chunks]) for part in format.parts}
+
+
+def merged_bfloat16(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rounding: Rounding, name: str, survival: Survival
+) -> torch.Tensor:
+    """As `merged_parts`, for a weight that is computed with as bfloat16: bfloat16 [N, K]."""
+    merged = torch.empty(weight.shape, dtype=torch.bfloat16)
+    for rows, change in _chunks(a, b):
+        thresholds = rounding.rows(name, rows.start, *change.shape)
+        exact = weight[rows].to(torch.float32)
+        merged[rows] = round_to_bfloat16(exact + change, thresholds)
+        survival.count(merged[rows].to(torch.float32) - weight[rows].to(torch.bfloat16).to(torch.float32), change)
+    return merged
+
+
+def requantized(
+    format: Format, parts: Parts, change: torch.Tensor, thresholds: torch.Tensor | None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Whole rows of a weight in `format` with a change added.
+
+    Args: parts: of rows [n, K], by suffix. change, thresholds (None: nearest) float32 [n, K].
+    Returns: parts of the changed rows, and how far the weights moved, float32 [n, K].
+    """
+    first, unit = format.parts[0].suffix, {part.suffix: _ones(part.dtype) for part in format.parts[1:]}
+    units = {suffix: one.expand_as(parts[suffix]) for suffix, one in unit.items()}
+    steps = format.steps(parts)[..., None]
+    points = format.dequantize({first: parts[first], **units}).unflatten(-1, (steps.shape[-2], -1))
+    grid = format.grid
+    moves = change.unflatten(-1, (steps.shape[-2], -1)) / steps
+    reach = points + moves
+    if thresholds is None:
+        # What is nearest to an end of the grid goes there: longer steps would move all others by more.
+        low, high = 1.5 * grid[0] - 0.5 * grid[1], 1.5 * grid[-1] - 0.5 * grid[-2]
+        near = (reach >= low) & (reach <= high)
+        reach = torch.where(near, reach.clamp(float(grid[0]), float(grid[-1])), reach)
+    needed = torch.maximum(reach.amax(-1) / float(grid[-1]), reach.amin(-1) / float(grid[0]))
+    scales = {suffix: parts[suffix] for suffix in unit} | {"_scale": _grown(parts["_scale"], needed)}
+    longer = format.steps(scales)[..., None]
+    # How much longer the steps are: 0 but where they had to grow.
+    excess = (longer - steps) / steps
+    moves.sub_(points * excess).div_(1.0 + excess)
+    if thresholds is not None:
+        thresholds = thresholds.view_as(moves)
+    merged = round_to_grid(points, moves, grid, thresholds)
+    encoded = format.encode(merged.flatten(-2), units)[first]
+    return {first: encoded, **scales}, (merged * longer).sub_(points * steps).flatten(-2)
+
+
+def _grown(scale: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+    """Scales at least `needed` times (where that is more than 1) as large, the smallest that the dtype has.
+
+    Where there is none as large, the largest: what lies beyond the grid is cut off then.
+    """
+    more = needed > 1.0
+    if scale.dtype == torch.uint8:
+        # Exponents of two (e8m0); 255 is no number.
+        return torch.where(more, (scale + needed.log2().ceil()).clamp_max(254.0), scale.float()).to(torch.uint8)
+    exact = scale.to(torch.float32) * needed
+    if scale.dtype == torch.float8_e4m3fn:
+        # 448 is the largest; one more bit makes the next number of any positive float.
+        near = exact.clamp_max(448.0).to(scale.dtype)
+        up = (near.view(torch.uint8) + 1).clamp_max(0x7E).view(scale.dtype)
+        above = torch.where(near.float() < exact, up.float(), near.float())
+    else:
+        near = exact.to(scale.dtype)
+        up = torch.nextafter(near, torch.full_like(near, torch.inf))
+        above = torch.where(near.float() < exact, up.float(), near.float())
+    return torch.where(more, above, scale.to(torch.float32)).to(scale.dtype)
+
+
+def _ones(dtype: torch.dtype) -> torch.Tensor:
+    """The scale 1 as a part of this dtype holds it: in bytes as the exponent of two plus 127."""
+    return torch.tensor([127], dtype=dtype) if dtype == torch.uint8 else torch.ones(1, dtype=torch.float32).to(dtype)
+
+
+def _chunks(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The rows of B A, a cacheful at a time."""
+    rows, step = b.shape[0], max(1, CHUNK_ELEMENTS // a.shape[1])
+    slices = [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+    for some in slices:
+        yield some, b[some] @ a
+
+
+def _concatenated(chunks: list[torch.Tensor]) -> torch.Tensor:
+    """Along the rows; torch joins no 8-bit floats."""
+    if chunks[0].dtype == torch.float8_e4m3fn:
+        return torch.cat([chunk.view(torch.uint8) for chunk in chunks]).view(torch.float8_e4m3fn)
+    return torch.cat(chunks)

@@ -1,0 +1,58 @@
+"""vLLM's way to this repository's checkpoints: a model loader of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qerl_rl.rollout.load_plan import LoadPlan, local_tensors
+from qerl_rl.rollout.merge_targets import TargetFinder
+
+LOAD_FORMAT = "qerl_rl"
+_plans: dict[str, LoadPlan] = {}
+
+
+def register_loader(plan: LoadPlan) -> None:
+    """Have vLLM load the model folder of `plan` as it says, when asked for load_format LOAD_FORMAT."""
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    _plans[str(plan.reader.path)] = plan
+
+    class PlannedLoader(BaseModelLoader):
+        """Streams the tensors of a LoadPlan; of experts, those that this rank computes."""
+
+        def download_model(self, model_config: Any) -> None:
+            """Nothing: the folder is there."""
+
+        def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+            plan = _plans[model_config.model]
+            model.load_weights(local_tensors(plan, foreign_experts(model, plan)))
+
+    register_model_loader(LOAD_FORMAT)(PlannedLoader)
+
+
+def foreign_experts(model: torch.nn.Module, plan: LoadPlan) -> frozenset[str]:
+    """The modules of the checkpoint that are experts of other ranks."""
+    finder, foreign = TargetFinder(plan.reader), set()
+    for path, module in model.named_modules():
+        if path.endswith("experts.routed_experts") and module.expert_map is not None:
+            layer = path.partition(".mlp.")[0].partition(".block_sparse_moe.")[0]
+            elsewhere = torch.nonzero(module.expert_map < 0).flatten().tolist()
+            foreign |= {target.stem for target in finder.experts(layer, elsewhere)}
+    return frozenset(foreign)
+
+
+def shown_config(plan: LoadPlan) -> Any:
+    """vLLM's hf_overrides: the config.json with what the plan lets the engine know of quantization."""
+    described = plan.quantization_config()
+
+    def override(config: Any) -> Any:
+        if described is not None:
+            config.quantization_config = described
+        elif hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return config
+
+    return override
