@@ -55,6 +55,14 @@ class LazyColumns(Mapping[str, Any]):
             self._values[name] = as_values(read, flat)
         return self._values[name]
 
+    # Mapping asks for the value and expects a KeyError: these would fail for a missing name, and read one that is there.
+    def __contains__(self, name: object) -> bool:
+        return name in self.reads
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The values of a column, or `default` where this consumer reads none of that name."""
+        return self[name] if name in self.reads else default
+
     def _pinned(self) -> dict[int, Pin]:
         if self._pins is None:
             pins = self._access.pin(self.reads.values())
