@@ -55,10 +55,10 @@ def train(variant: Variant, model: Path, folder: Path, steps: int, seed: int) ->
     """Run the quickstart as `variant` and give its metrics, a dictionary a step."""
     launch = [sys.executable, "launch.py", "--config", "configs/quickstart_cpu.yaml", f"model.path={model}"]
     keys = [f"quant.format={variant.format}", f"run.output_dir={folder}", f"run.steps={steps}", f"run.seed={seed}"]
-    rest = ["track.console=quiet", "checkpoint.export=false", f"eval.every={steps}"]
+    # A busy machine takes its time to start the processes.
+    rest = ["fault.start_timeout_s=900", "track.console=quiet", "checkpoint.export=false", f"eval.every={steps}"]
+    rest += variant.keys
     begin = time.perf_counter()
-    # A busy machine takes its time to start four processes.
-    rest += ["fault.start_timeout_s=900", *variant.keys]
     subprocess.run([*launch, *keys, *rest], cwd=ROOT, check=True)
     print(f"{variant.name}: {steps} steps in {time.perf_counter() - begin:.0f} s", flush=True)
     return read_metrics(folder / "metrics.jsonl")
@@ -112,9 +112,8 @@ def draw(histories: dict[str, list[dict[str, Any]]], image: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in figure.axes[2:]:
         axes.set_xlabel("step")
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(VARIANTS), frameon=False
-    )
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(VARIANTS), frameon=False)
     figure.savefig(image)
 
 
