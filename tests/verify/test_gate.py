@@ -37,7 +37,7 @@ def with_swapped_experts(source: Path, folder: Path) -> Path:
     return folder
 
 
-def _scene(plain: Path, quantized: Path, scratch: Path) -> dict[str, Any]:
+def _scene(plain: Path, quantized: Path, families: list[Path], scratch: Path) -> dict[str, Any]:
     broken = with_swapped_experts(plain, scratch / "broken")
     broken_quantized = with_swapped_experts(quantized, scratch / "broken_quantized")
     mixed = scratch / "mixed"
@@ -49,6 +49,7 @@ def _scene(plain: Path, quantized: Path, scratch: Path) -> dict[str, Any]:
         "mixed": verify(Request(mixed, reference=plain, by_layer=True)),
         "swapped": verify(Request(broken, reference=plain)),
         "swapped, quantized": verify(Request(broken_quantized, reference=plain)),
+        "families": [verify(Request(family, format="mxfp4")) for family in families],
         "activations": _rounded_activations(),
         **_with_engine(plain, broken),
     }
@@ -98,7 +99,8 @@ def seen(
     tiny_checkpoint: Callable[..., Path], tiny_w8a8: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     folders = [build("qwen3_moe", "bfloat16", layers=LAYERS) for build in (tiny_checkpoint, tiny_w8a8)]
-    return run_engines(_scene, 1, *folders, tmp_path_factory.mktemp("verify"))[0]
+    families = [tiny_checkpoint(family, "bfloat16", layers=1) for family in ("qwen2_moe", "mixtral")]
+    return run_engines(_scene, 1, *folders, families, tmp_path_factory.mktemp("verify"))[0]
 
 
 def figures(report: Report, name: str) -> dict[int | None, float]:
@@ -113,6 +115,12 @@ def test_a_checkpoint_as_it_should_be_passes(seen: dict[str, Any]) -> None:
         found = figures(seen["plain"], f"{part}, trainer vs HF")
         assert list(found) == list(range(LAYERS))
         assert min(found.values()) > 0.99999
+
+
+def test_shared_experts_and_other_names_of_weights_are_no_obstacle(seen: dict[str, Any]) -> None:
+    for report in seen["families"]:
+        assert report.exit_code == 0
+        assert 0.95 < figures(report, "experts, mxfp4 vs exact")[0] < 0.999
 
 
 def test_the_layer_whose_experts_changed_places_is_named_and_no_other(seen: dict[str, Any]) -> None:
