@@ -74,6 +74,7 @@ def summary_table(
         *((f"held-out {name}", f"eval/{name}", 3) for name in held_out),
         ("entropy", "entropy", 3),
         ("KL to reference", "kl/reference", 4),
+        ("KL engine to trainer", "rollout_vs_train/k3_kl", 4),
         ("critic explains", "critic/explained_variance", 3),
     ):
         change = _first_and_last(history, name, digits)
