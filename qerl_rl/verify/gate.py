@@ -67,11 +67,17 @@ def check_request(request: Request) -> None:
             )
         if stored_format(request.reference) != "none":
             raise ConfigError(f"--reference {request.reference} is quantized.", fix="give the bfloat16 checkpoint")
+    has_twin = request.format or (stored != "none" and request.reference is not None)
+    if request.by_layer and not has_twin and not request.engine:
+        raise ConfigError(
+            "--layers has no mismatch to attribute.",
+            fix="give --engine vllm, --format F, or a quantized --model with the --reference that it was made from",
+        )
     if not request.keep_worst:
         return
     if request.out is None:
         raise ConfigError("--keep-worst writes a checkpoint.", fix="give --out DIR")
-    if not request.format and (stored == "none" or request.reference is None):
+    if not has_twin:
         raise ConfigError(
             "--keep-worst has no format to quantize the other layers to.",
             fix="give --format F, or a quantized --model with the --reference that it was made from",

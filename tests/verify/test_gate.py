@@ -196,6 +196,7 @@ def test_attribution_blames_the_layer_in_which_engine_and_trainer_part(seen: dic
         (["--model", "{w8a8}", "--format", "w8a8"], "is quantized already (w8a8)", "leave --format out"),
         (["--model", "{plain}", "--reference", "{w8a8}"], "is quantized", "bfloat16 checkpoint"),
         (["--model", "{plain}", "--reference", "{other}"], "is another model than", "made from"),
+        (["--model", "{w8a8}", "--layers"], "no mismatch to attribute", "give --engine vllm"),
         (["--model", "{plain}", "--keep-worst", "1"], "writes a checkpoint", "give --out DIR"),
         (["--model", "{plain}", "--keep-worst", "1", "--out", "x"], "no format", "give --format F"),
         (["--model", "{plain}", "--keep-worst", "3", "--out", "x", "--format", "w4a16"], "3 of 3", "1 .. 2"),
