@@ -64,7 +64,7 @@ def _with_engine(plain: Path, broken: Path) -> dict[str, Report]:
     engine, reports = EngineSide(plain, sequences, sequences), {}
     for name, folder in {"engine": plain, "engine, other trainer": broken}.items():
         reports[name] = Report()
-        engine_checks(reports[name], engine, FrozenPolicy(folder), sequences, sequences, by_layer=True)
+        engine_checks(reports[name], engine, FrozenPolicy(folder), sequences, sequences, expected=0, by_layer=True)
     return reports
 
 
@@ -173,7 +173,7 @@ def test_activations_are_rounded_to_a_grid_of_their_token_and_only_while_asked(s
 
 def test_the_engine_is_compared_with_the_trainer_and_timed(seen: dict[str, Any]) -> None:
     values = {check.name: check.value for check in seen["engine"].checks if check.layer is None}
-    assert 0 < values["k3_kl, engine vs trainer"] < 0.02
+    assert 0 < values["k3_kl, engine vs trainer"] < 0.01
     assert 0.99 < values["pearson, engine vs trainer"] < 1
     assert values["engine: load time"] > 0
     assert min(values["engine: first generation"], values["engine: steady generation"]) > 0
@@ -181,7 +181,7 @@ def test_the_engine_is_compared_with_the_trainer_and_timed(seen: dict[str, Any])
 
 def test_attribution_blames_the_layer_in_which_engine_and_trainer_part(seen: dict[str, Any]) -> None:
     report = seen["engine, other trainer"]
-    assert {check.name.partition(",")[0] for check in report.faults} == {"k3_kl", "pearson"}
+    assert {check.name.partition(",")[0] for check in report.faults} == {"k3_kl"}
     added = figures(report, "KL added, engine vs trainer")
     assert len(added) == LAYERS
     assert max(added, key=lambda layer: added[layer]) == BROKEN
