@@ -97,7 +97,7 @@ def make_tiny(
         if format == "none":
             weight_bytes = copy_checkpoint(unquantized, out)
         else:
-            weight_bytes = quantize_checkpoint(unquantized, out, format)
+            weight_bytes = quantize_checkpoint(unquantized, out, format).weight_bytes
     made = TinyModel("arithmetic", seed, stopped.step, accuracy, weight_bytes)
     (out / NOTE_NAME).write_text(json.dumps(asdict(made), indent=2) + "\n")
     return made

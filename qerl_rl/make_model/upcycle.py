@@ -148,5 +148,5 @@ def make_smollm2_moe(out: Path, *, seed: int = 0) -> UpcycledModel:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".unquantized-") as unquantized:
         save_model(moe, tokenizer, Path(unquantized))
-        weight_bytes = quantize_checkpoint(unquantized, out, "w8a8")
+        weight_bytes = quantize_checkpoint(unquantized, out, "w8a8").weight_bytes
     return UpcycledModel(parameters, difference, weight_bytes)

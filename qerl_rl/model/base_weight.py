@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from qerl_rl.quant.formats import Format
+from qerl_rl.quant.int4 import W4A8, W4A16
 
 
 @dataclass(frozen=True)
@@ -27,59 +28,53 @@ class Base:
         return self.tensors[0].shape[2] * (self.format.parts[0].columns if self.format else 1)
 
     @property
-    def scales_outputs(self) -> bool:
-        """Whether one scale a row is left out of the weights, to multiply the outputs: there are fewer of those."""
-        return self.format is not None and self.format.group_size == 0 and self.tensors[0].dtype == torch.int8
-
-    def row_scale(self, group: int) -> torch.Tensor:
-        """[1, N] float32 of one group, where `scales_outputs`."""
-        return self.tensors[1][group].t()
+    def row_scales(self) -> torch.Tensor | None:
+        """[E, N] float32 where one scale a row is left out of the weights, to multiply the outputs by: there are fewer
+        of those than of weights."""
+        if self.format is None or self.format.group_size or self.tensors[0].dtype != torch.int8:
+            return None
+        return self.tensors[1].squeeze(-1) if self.tensors[1].dtype == torch.float32 else None
 
 
 class Unpacker:
-    """Floats [N, K] of a base, group after group, in the same memory.
+    """The floats [N, K] of a base, group after group in the same memory, without the `row_scales` of the base.
 
-    Args: dtype: of the floats.
+    Args: dtype: of the floats; a base that is floats already keeps its own.
     """
 
     def __init__(self, base: Base, dtype: torch.dtype) -> None:
-        self._base, self._dtype = base, dtype
-        device = base.tensors[0].device
-        self._floats, self._pairs = torch.empty(0), torch.empty(0)
-        self._is_int4 = base.format is not None and base.format.name in ("w4a16", "w4a8") and base.format.group_size > 0
-        if base.scales_outputs:
-            self._floats = torch.empty(base.outputs, base.inputs, dtype=dtype, device=device)
-        elif self._is_int4:
-            self._floats = torch.empty(base.outputs, base.inputs, dtype=base.tensors[1].dtype, device=device)
-            if base.tensors[0].dtype == torch.int32:
-                self._pairs = torch.empty(2, base.outputs, base.inputs // 2, dtype=torch.int16, device=device)
+        self._base, self._format = base, base.format
+        self._is_int4 = type(base.format) in (W4A16, W4A8) and base.row_scales is None
+        if base.format is None:
+            return
+        size, device = (base.outputs, base.inputs), base.tensors[0].device
+        self._weights = torch.empty(size, dtype=dtype, device=device)
+        if self._is_int4:
+            # The product with a scale is rounded to the type of the scales, in which the engines multiply.
+            scales = base.tensors[1]
+            own = dtype == scales.dtype
+            self._products = self._weights if own else torch.empty(size, dtype=scales.dtype, device=device)
+            self._pairs = torch.empty(2, size[0], size[1] // 2, dtype=torch.int16, device=device)
 
     def matrix(self, group: int) -> torch.Tensor:
-        """The weights of one group, without row scales where the base `scales_outputs`; valid until the next call."""
-        base = self._base
-        if base.format is None:
-            return base.tensors[0][group]
-        if base.scales_outputs:
-            return self._floats.copy_(base.tensors[0][group])
+        """[N, K] of one group; valid until the next call."""
+        tensors = [tensor[group] for tensor in self._base.tensors]
+        if self._format is None:
+            return tensors[0]
+        if self._base.row_scales is not None:
+            return self._weights.copy_(tensors[0])
         if self._is_int4:
-            return self._int4(base.tensors[0][group], base.tensors[1][group]).to(self._dtype)
-        parts = {part.suffix: tensor[group] for part, tensor in zip(base.format.parts, base.tensors, strict=True)}
-        return base.format.dequantize(parts, self._dtype)
+            return self._unpack_int4(*tensors)
+        parts = {part.suffix: tensor for part, tensor in zip(self._format.parts, tensors, strict=True)}
+        return self._weights.copy_(self._format.dequantize(parts, self._weights.dtype))
 
-    def _int4(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """The values of `Format.dequantize`, in the type of the scales, in about a third of its time."""
+    def _unpack_int4(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """What `Format.dequantize` gives, without its temporaries."""
         if codes.dtype == torch.int32:
             pairs, shifted = self._pairs
             pairs.copy_(codes.view(torch.uint8))
             torch.bitwise_left_shift(pairs, 4, out=shifted)
             codes = pairs.bitwise_or_(shifted).bitwise_and_(0x0F0F).view(torch.int8).sub_(8)
-        self._floats.copy_(codes).view(*scale.shape, -1).mul_(scale[..., None])
-        return self._floats
-
-
-def scale_columns(y: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
-    """y [T, N] times row_scale [1, N] float32, in place, rounded once."""
-    if y.dtype == row_scale.dtype:
-        return y.mul_(row_scale)
-    # (y.mul_ of mixed types gives the same bits and takes four times as long on CPU.)
-    return y.copy_(y.float().mul_(row_scale))
+        self._products.copy_(codes)
+        self._products.unflatten(-1, (scales.shape[-1], -1)).mul_(scales.unsqueeze(-1))
+        return self._products if self._products is self._weights else self._weights.copy_(self._products)

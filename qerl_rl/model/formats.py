@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.schema import TrainConfig
 from qerl_rl.layout.blocks import ParallelSizes
 from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.model.slots import Slot, weight_slots
@@ -48,7 +50,7 @@ def same_format(left: Format | None, right: Format | None) -> bool:
     """Whether both store a weight in the same parts of the same meaning."""
     if left is None or right is None:
         return left is right
-    return (left.name, left.group_size) == (right.name, right.group_size)
+    return (type(left), left.group_size, left.parts) == (type(right), right.group_size, right.parts)
 
 
 def described(format: Format | None) -> str:
@@ -76,3 +78,12 @@ def check_format_layout(architecture: MoeArchitecture, formats: SlotFormats, siz
                 f"but {described(format)} stores {together} together.",
                 fix=f"{ways_out}quantize the model in smaller groups",
             )
+
+
+def check_checkpoint(path: str | Path, architecture: MoeArchitecture, train: TrainConfig) -> None:
+    """Raise ConfigError when a checkpoint's formats can't be read, or can't be cut as the layout of `train` would."""
+    sizes = ParallelSizes(
+        train.tensor_parallel, train.pipeline_parallel, train.expert_parallel, train.expert_tensor_parallel
+    )
+    with CheckpointReader(path) as reader:
+        check_format_layout(architecture, stored_formats(reader, architecture), sizes)

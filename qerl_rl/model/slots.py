@@ -49,13 +49,14 @@ class Slot:
     """A checkpoint may lack it; the tensor then keeps its first value."""
 
     def part(self, part: Part) -> Slot:
-        """The slot of one part of this weight's format. Raises: ValueError when its rows can't be cut into the part."""
+        """The slot of one part of this weight's format; its pieces keep the names of the weights.
+
+        Raises: ValueError when rows can't be cut into the part.
+        """
         columns = len(self.block.shape) - 1
         split_dim = None if part.columns == 0 and self.block.split_dim == columns else self.block.split_dim
         block = replace(self.block, shape=part.shape(self.block.shape), split_dim=split_dim)
-        pieces = tuple(
-            replace(piece, name=piece.name + part.suffix, shape=part.shape(piece.shape)) for piece in self.pieces
-        )
+        pieces = tuple(replace(piece, shape=part.shape(piece.shape)) for piece in self.pieces)
         return replace(self, name=self.name + part.suffix, block=block, pieces=pieces)
 
     def stage(self, layers: int, sizes: ParallelSizes) -> int:

@@ -106,25 +106,18 @@ def _fill(
 def _copy(target: torch.Tensor, piece: Piece, part: Part | None, reader: CheckpointReader, *index: slice) -> None:
     """Copy what `index` leaves of a tensor of the checkpoint into `target`, which may be of another float type."""
     where = str(reader.path)
-    if piece.name not in reader:
+    if piece.name not in reader and not reader.is_quantized(piece.name):
         raise ConfigError(
             f"the checkpoint has no {piece.name}.", fix="use a complete checkpoint of this model", where=where
         )
-    expected = (1,) if part and part.per_matrix else piece.shape
-    if reader.shape(piece.name) != expected:
+    found = part.shape(reader.weight_shape(piece.name)) if part else reader.shape(piece.name)
+    if found != piece.shape:
         raise ConfigError(
-            f"{piece.name} has shape {reader.shape(piece.name)}, but config.json means {expected}.",
+            f"{piece.name} has shape {found}, but config.json means {piece.shape}.",
             fix="use config.json and weights of the same model",
             where=where,
         )
-    found = reader.get(piece.name) if expected == (1,) else reader.get(piece.name, *index)
-    if part and found.dtype != part.dtype and not torch.equal(found.to(part.dtype).to(found.dtype), found):
-        raise ConfigError(
-            f"{piece.name} is stored as {found.dtype}, which {part.dtype} does not hold exactly.",
-            fix="quantize the bfloat16 checkpoint with `python -m qerl_rl quantize`",
-            where=where,
-        )
-    target.copy_(found)
+    target.copy_(reader.part(piece.name, part, *index) if part else reader.get(piece.name, *index))
 
 
 @torch.no_grad()

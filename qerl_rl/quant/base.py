@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from qerl_rl.quant.blocks import in_blocks
+
 Parts = Mapping[str, torch.Tensor]
 """Tensor by the suffix of its part."""
 
@@ -70,9 +72,23 @@ class Format(ABC):
     def scales(self, weight: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The parts that `quantize` scales by: all but the first, by suffix."""
 
-    @abstractmethod
     def encode(self, weight: torch.Tensor, scales: Parts) -> dict[str, torch.Tensor]:
         """Round to the nearest multiples that these scales allow (beyond the grid's ends: to its ends); all parts."""
+        first, width = self.parts[0], weight.shape[-1]
+        rows, steps = weight.detach().reshape(-1, width), self.steps(scales).flatten(0, -2)[..., None]
+        out = torch.empty(first.shape(tuple(weight.shape)), dtype=first.dtype, device=weight.device)
+        flat = out.flatten(0, -2)
+
+        def encode_some(some: slice) -> None:
+            scaled = rows[some].float().unflatten(-1, (steps.shape[-2], -1)) / steps[some]
+            flat[some] = self._rounded(scaled).view(flat[some].shape)
+
+        in_blocks(encode_some, len(rows), width)
+        return {first.suffix: out, **scales}
+
+    @abstractmethod
+    def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
+        """Elements of the first part, contiguous, of weights divided by their steps (float32, may be overwritten)."""
 
     @abstractmethod
     def steps(self, parts: Parts) -> torch.Tensor:
@@ -100,9 +116,15 @@ class Format(ABC):
         """The parts in memory of one matrix [N, K] that a checkpoint holds as `tensors`: what `stored` undoes."""
         rows = tensors[self.parts[0].suffix].shape[0]
         return {
-            part.suffix: tensors[part.suffix].reshape(1, 1).expand(rows, 1) if part.per_matrix else tensors[part.suffix]
+            part.suffix: tensors[part.suffix].reshape(1, 1).repeat(rows, 1)
+            if part.per_matrix
+            else tensors[part.suffix].to(part.dtype)
             for part in self.parts
         }
+
+    def with_scales(self, dtype: torch.dtype) -> Format:
+        """This format as a checkpoint has it whose scales are of another float type; itself where that is converted."""
+        return self
 
     def scheme(self) -> Any:
         """compressed-tensors' description of this format for Linear modules, a QuantizationScheme."""
@@ -155,8 +177,14 @@ def largest_of_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     width = weight.shape[-1]
     if group_size and width % group_size:
         raise ValueError(f"rows of {width} weights can't be cut into groups of {group_size}")
-    groups = weight.detach().unflatten(-1, (-1, group_size or width))
-    return torch.maximum(groups.amax(-1), -groups.amin(-1)).float()
+    groups = weight.detach().reshape(-1, group_size or width)
+    largest = torch.empty(len(groups), device=weight.device)
+
+    def reduce_some(some: slice) -> None:
+        torch.amax(groups[some].float().abs(), -1, out=largest[some])
+
+    in_blocks(reduce_some, *groups.shape)
+    return largest.view(*weight.shape[:-1], -1)
 
 
 def library_scales(largest: torch.Tensor, arguments: Any, global_scale: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,12 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qerl_rl.config.errors import ConfigError
-from qerl_rl.quant.formats import Format
+from qerl_rl.quant.formats import Format, Part
+from qerl_rl.quant.modelslim import ModelSlimFormats
 from qerl_rl.quant.stored import StoredFormats
 
 SHARD_BYTES = 2 << 30
 INDEX_NAME = "model.safetensors.index.json"
-_STORED_SUFFIXES = ("", "_packed", "_scale", "_global_scale", "_shape", "_zero_point")
+_STORED_SUFFIXES = ("", "_packed", "_scale", "_global_scale", "_shape", "_zero_point", "_offset")
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class CheckpointReader:
@@ -36,7 +38,7 @@ class CheckpointReader:
         self.bytes_read = 0
         """Of tensors, by `get` and what calls it."""
         self._open: dict[str, Any] = {}
-        self._formats: StoredFormats | None = None
+        self._formats: StoredFormats | ModelSlimFormats | None = None
         self._file_of: dict[str, str] = {}
         for file_name in self._file_names():
             for name in self._handle(file_name).keys():  # noqa: SIM118 - safe_open is not a mapping
@@ -107,36 +109,81 @@ class CheckpointReader:
         """
         if not self.is_quantized(name):
             return None
-        if self._formats is None:
-            self._formats = StoredFormats(read_config(self.path), str(self.path / "config.json"))
-        format = self._formats.of_module(name.removesuffix(".weight"))
-        missing = [part.suffix for part in format.parts if name + part.suffix not in self._file_of] if format else [""]
+        described = self._description()
+        format = described.of_weight(name)
+        stored = [name + described.suffix(part.suffix) for part in format.parts] if format else []
+        missing = [part for part in stored if part not in self._file_of]
         if format is None or missing:
-            problem = f"is {format.name}, but has no {name + missing[0]}" if format else "has scales, but no format"
+            problem = f"is {format.name}, but has no {missing[0]}" if format else "has scales, but no format"
             raise ConfigError(
                 f"{name} {problem}.",
-                fix="use config.json and weights of the same checkpoint",
-                where=str(self.path / "config.json"),
+                fix=f"use weights and {described.file_name} of the same checkpoint",
+                where=str(self.path / described.file_name),
             )
-        return format
+        return format.with_scales(_FLOATS.get(self.dtype(f"{name}_scale"), torch.bfloat16))
+
+    def _description(self) -> StoredFormats | ModelSlimFormats:
+        if self._formats is None:
+            if (self.path / ModelSlimFormats.file_name).exists():
+                self._formats = ModelSlimFormats.read(self.path)
+            else:
+                self._formats = StoredFormats(read_config(self.path), str(self.path / "config.json"))
+        return self._formats
 
     def parts(self, name: str) -> dict[str, torch.Tensor]:
         """The parts of a quantized weight X.weight [N, K] by suffix, as they are in memory (see `Part`)."""
         format = self.format_of(name)
         if format is None:
             raise KeyError(name)
-        return format.loaded({part.suffix: self.get(name + part.suffix) for part in format.parts})
+        suffix = self._description().suffix
+        return format.loaded({part.suffix: self.get(name + suffix(part.suffix)) for part in format.parts})
+
+    def part(self, name: str, part: Part, *index: slice) -> torch.Tensor:
+        """One of the `parts` of X.weight, or what `index` leaves of its dimensions; nothing else is read where the part
+        lies in the checkpoint as it does in memory."""
+        format = self.format_of(name)
+        if format is None:
+            raise KeyError(name)
+        suffix = self._description().suffix
+        if self.shape(name + suffix(part.suffix)) == part.shape(self.weight_shape(name)):
+            return self.get(name + suffix(part.suffix), *index).to(part.dtype)
+        stored = {
+            other.suffix: self.get(name + suffix(other.suffix))
+            if other == part
+            else torch.empty(self.shape(name + suffix(other.suffix)), device="meta")
+            for other in format.parts
+        }
+        return format.loaded(stored)[part.suffix][index]
 
     def weight(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight `name` as floats, dequantized where it is quantized."""
         format = self.format_of(name)
         return self.get(name).to(dtype) if format is None else format.dequantize(self.parts(name), dtype)
 
+    def weight_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the weight `name`, whatever its parts are, without reading it; KeyError when there is none."""
+        format = self.format_of(name)
+        if format is None:
+            return self.shape(name)
+        *rows, elements = self.shape(name + self._description().suffix(format.parts[0].suffix))
+        return (*rows, elements * format.parts[0].columns)
+
     def weights(self) -> list[str]:
         """Names of all weights as an unquantized checkpoint would have them, sorted; parts are not among them."""
         quantized = {name.removesuffix("_scale") for name in self._file_of if name.endswith(".weight_scale")}
         parts = {name + suffix for name in quantized for suffix in _STORED_SUFFIXES}
         return sorted((set(self._file_of) - parts) | quantized)
+
+    def files(self) -> dict[str, list[str]]:
+        """Names of the tensors of each file, in the order in which they lie in it, as near as its header tells."""
+        found: dict[str, list[str]] = {}
+        for name, file_name in self._file_of.items():
+            found.setdefault(file_name, []).append(name)
+        return found
+
+    def release(self, file_name: str) -> None:
+        """Give back the memory that the file's tensors took when they were read; it can be read again."""
+        self._open.pop(file_name, None)
 
     def close(self) -> None:
         self._open.clear()

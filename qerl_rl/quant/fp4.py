@@ -10,40 +10,38 @@ import torch
 
 from qerl_rl.quant.base import Format, Part, Parts, largest_of_groups, library_scales
 from qerl_rl.quant.microscaling import exponents_of, powers_of_two
-from qerl_rl.quant.nibbles import pack_nibbles, unpack_nibbles
+from qerl_rl.quant.nibbles import look_up, pack_nibbles, table_of_pairs
 
 MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 LARGEST_E2M1, LARGEST_E4M3 = 6.0, 448.0
 
 
-def _below(value: float) -> float:
-    return torch.nextafter(torch.tensor(value), torch.tensor(0.0)).item()
-
-
-# Midpoints between magnitudes; a tie goes to the even code, so every second one belongs to what is above it.
-_LIMITS = torch.tensor([0.25, _below(0.75), 1.25, _below(1.75), 2.5, _below(3.5), 5.0])
-
-
 def _codes(scaled: torch.Tensor) -> torch.Tensor:
-    """uint8 codes of the nearest e2m1; a negative number that becomes 0 keeps its sign, as the library has it."""
-    magnitude = torch.bucketize(scaled.abs(), _LIMITS, out_int32=True)
-    return (magnitude | (scaled < 0).to(torch.int32) << 3).to(torch.uint8)
+    """uint8 codes of the nearest e2m1, ties to even; what a negative number becomes is negative, even 0 (as there).
+
+    The code of a magnitude is its multiple of 1/2 up to 2, its integer + 2 up to 4, its half + 4 up to 6, and elsewhere
+    each of the three is larger: it is their minimum, also after rounding. Floats around 3 * 2^(n - 1) lie 2^(n - 23)
+    apart, so that adding such a number rounds to multiples of that, and leaves the multiple in the lowest bits.
+    """
+    sign = scaled.sign().to(torch.int8).bitwise_and_(8)
+    magnitude = scaled.abs_().clamp_(max=LARGEST_E2M1)
+    halves, integers, twos = ((magnitude + 3.0 * 2.0**power).view(torch.int32).to(torch.int8) for power in (21, 22, 23))
+    codes = torch.minimum(halves, torch.minimum(integers.add_(2), twos.add_(4)))
+    return codes.bitwise_or_(sign).view(torch.uint8)
 
 
 class _Fp4(Format):
     grid = torch.cat([-MAGNITUDES.flip(0)[:-1], MAGNITUDES])
-    _values = torch.cat([MAGNITUDES, -MAGNITUDES])
+    _table = table_of_pairs(torch.cat([MAGNITUDES, -MAGNITUDES]))
 
-    def encode(self, weight: torch.Tensor, scales: Parts) -> dict[str, torch.Tensor]:
-        steps = self.steps(scales)[..., None]
-        groups = weight.detach().float().unflatten(-1, (steps.shape[-2], -1))
-        return {"_packed": pack_nibbles(_codes(groups / steps).flatten(-2)), **scales}
+    def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
+        return pack_nibbles(_codes(scaled))
 
     def dequantize(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         steps = self.steps(parts)[..., None]
-        values = self._values[unpack_nibbles(parts["_packed"]).int()]
+        values = look_up(parts["_packed"], self._table, torch.float32).unflatten(-1, (steps.shape[-2], -1))
         # The library decompresses to bfloat16.
-        return (values.unflatten(-1, (steps.shape[-2], -1)) * steps).flatten(-2).to(torch.bfloat16).to(dtype)
+        return values.mul_(steps).flatten(-2).to(torch.bfloat16).to(dtype)
 
 
 class Nvfp4(_Fp4):

@@ -40,12 +40,9 @@ class Mxfp8(Format):
     def scales(self, weight: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         return {"_scale": exponents_of(largest_of_groups(weight, self.group_size), self.largest_value)}
 
-    def encode(self, weight: torch.Tensor, scales: Parts) -> dict[str, torch.Tensor]:
-        steps = self.steps(scales)[..., None]
-        groups = weight.detach().float().unflatten(-1, (steps.shape[-2], -1)) / steps + 0.0
-        # (Adding 0 takes the sign from a 0, as the library's adding of its zero point does.)
-        rounded = groups.clamp_(-self.largest_value, self.largest_value).to(torch.float8_e4m3fn)
-        return {"": rounded.flatten(-2), **scales}
+    def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
+        # Adding 0 takes the sign from a 0, as the library's adding of its zero point does.
+        return scaled.add_(0.0).clamp_(-self.largest_value, self.largest_value).to(torch.float8_e4m3fn)
 
     def steps(self, parts: Parts) -> torch.Tensor:
         return powers_of_two(parts["_scale"])

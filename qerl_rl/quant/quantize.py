@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from qerl_rl.config.errors import ConfigError
 from qerl_rl.quant.base import quantization_config
 from qerl_rl.quant.checkpoint import SHARD_BYTES, CheckpointReader, ShardWriter, read_config
 from qerl_rl.quant.formats import Format, get_format
+from qerl_rl.quant.int4_checkpoints import INT4_METHODS, Int4Conversion
+from qerl_rl.quant.modelslim import Description, ModelSlimFormats
 
 # Attention, dense MLPs, shared and routed experts (Mixtral calls those w1, w2, w3).
 _QUANTIZED = re.compile(r"\.layers\.(\d+)\..*(_proj|\.experts\.\d+\.w[123])\.weight$")
@@ -48,6 +51,20 @@ class Recipe:
             others = get_format(self.attention)
         object.__setattr__(self, "_formats", {True: of_experts, False: others})
 
+    @property
+    def of_experts(self) -> Format:
+        """The format of the routed experts."""
+        return self._formats[True]  # type: ignore[return-value]
+
+    def only_format(self) -> Format:
+        """The format of all; for what can't be chosen for each weight. Raises: ConfigError where that is asked for."""
+        if self.attention or self.keep_layers or self.group_size:
+            raise ConfigError(
+                "a checkpoint that is quantized already is converted as it is.",
+                fix="leave out --attention, --keep-* and --group-size",
+            )
+        return self.of_experts
+
     def format_of(self, name: str) -> Format | None:
         """The format that the weight of this name gets; None when it stays as it is."""
         found = _QUANTIZED.search(name)
@@ -60,8 +77,7 @@ class Recipe:
         ignore = list(_NEVER)
         if self.keep_layers:
             ignore.append(rf"re:.*\.layers\.({'|'.join(map(str, sorted(self.keep_layers)))})\..*")
-        of_experts, others = self._formats[True], self._formats[False]
-        assert of_experts is not None
+        of_experts, others = self.of_experts, self._formats[False]
         if others is None:
             ignore.append(_OTHERS_TARGET)
         if others is None or others is of_experts:
@@ -73,6 +89,17 @@ class Recipe:
         return quantization_config(groups, ignore)
 
 
+@dataclass
+class Written:
+    """What a quantized checkpoint came to. error: squares of differences to the source over squares, of what is
+    quantized, as a root; None for one that was converted."""
+
+    weight_bytes: int = 0
+    source_bytes: int = 0
+    quantized: int = 0
+    error: float | None = None
+
+
 def quantize_checkpoint(
     source: str | Path,
     out: str | Path,
@@ -81,13 +108,18 @@ def quantize_checkpoint(
     group_size: int = 0,
     attention: str = "",
     keep_layers: Collection[int] = (),
+    layout: str = "compressed-tensors",
     shard_bytes: int = SHARD_BYTES,
-) -> int:
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Written:
     """Write `source` with its Linear weights quantized to `out`; the rest, the tokenizer and the like are copied.
 
-    Router, norms, embeddings and output layer are never quantized; `Recipe` says what the arguments choose.
-    Tensors go through one at a time: memory holds one tensor and the unwritten part of one shard.
-    Returns: bytes of tensors written.
+    Router, norms, embeddings and output layer are never quantized; `Recipe` says what the arguments choose. An AWQ or
+    GPTQ checkpoint is converted, exactly, to w4a16. Files of the source are read one after the other: memory holds the
+    pages of one of them, what one matrix becomes, and the unwritten part of one shard.
+
+    Args: layout: compressed-tensors, or msmodelslim (see `modelslim`). shard_bytes: of a file written. report: called
+        with bytes of the source done, and all.
     Raises: ConfigError for an unknown format or a folder that can't be read, is quantized already or has fused experts.
     """
     source, out = Path(source), Path(out)
@@ -96,50 +128,95 @@ def quantize_checkpoint(
         raise ConfigError(f"{out} is the checkpoint to quantize itself.", fix="write to another folder")
     with CheckpointReader(source) as reader:
         config = read_config(source)
-        _check_source(reader, config)
+        described = config.pop("quantization_config", None)
+        tensors: Rounding | Int4Conversion
+        if described and described.get("quant_method") in INT4_METHODS:
+            tensors = Int4Conversion(reader, described, recipe.only_format())
+        else:
+            _check_source(reader, described)
+            tensors = Rounding(reader, recipe)
+        description = Description(recipe.of_experts) if layout == "msmodelslim" else None
         writer = ShardWriter(out, shard_bytes)
-        (out / "config.json").unlink(missing_ok=True)
-        for name in reader:
-            for suffix, tensor in _twin(reader, recipe, name).items():
-                writer.add(name + suffix, tensor)
+        for stale in ("config.json", ModelSlimFormats.file_name):
+            (out / stale).unlink(missing_ok=True)
+        written = Written(source_bytes=sum(file.stat().st_size for file in source.glob("*.safetensors")))
+        done = 0
+        for file_name, names in reader.files().items():
+            for name in names:
+                format_of_it, stored = tensors.stored(name)
+                written.quantized += format_of_it is not None
+                if description:
+                    stored = description.tensors(name, stored, format_of_it)
+                for suffix, tensor in stored.items():
+                    writer.add(tensors.target(name) + suffix, tensor)
+            reader.release(file_name)
+            done += (source / file_name).stat().st_size
+            report(done, written.source_bytes)
         writer.finish()
     _copy_other_files(source, out)
-    config["quantization_config"] = recipe.quantization_config()
+    if description:
+        description.write(out)
+    else:
+        config["quantization_config"] = tensors.quantization_config()
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return writer.total_bytes
+    written.weight_bytes, written.error = writer.total_bytes, tensors.error()
+    return written
 
 
-def _check_source(reader: CheckpointReader, config: dict[str, Any]) -> None:
-    if "quantization_config" in config or any(reader.is_quantized(name) for name in reader):
+def _check_source(reader: CheckpointReader, described: dict[str, Any] | None) -> None:
+    if described or any(reader.is_quantized(name) for name in reader):
         raise ConfigError(f"{reader.path} is quantized already.", fix="give the checkpoint in bfloat16 or float32")
     fused = next((name for name in reader if _FUSED_EXPERTS.search(name)), None)
     if fused:
         raise ConfigError(f"{reader.path} stores fused experts ({fused}).", fix="save one tensor for each expert")
 
 
-def _twin(reader: CheckpointReader, recipe: Recipe, name: str) -> dict[str, torch.Tensor]:
-    """What is stored for the tensor `name`, by suffix."""
-    tensor, format = reader.get(name), recipe.format_of(name)
-    if format is None:
-        return {"": tensor}
-    largest = None
-    if any(part.per_matrix for part in format.parts):
-        largest = torch.stack([reader.get(other).abs().amax().float() for other in _fused_with(reader, name)]).amax()
-    try:
-        return format.stored(format.quantize(tensor, largest))
-    except ValueError as error:
-        raise ConfigError(
-            f"{name} can't be stored as {format.name}: {error}.",
-            fix="choose another group size or format, or keep the layer",
-            where=str(reader.path),
-        ) from None
+class Rounding:
+    """The tensors of a float checkpoint, rounded to nearest as the recipe says."""
 
+    def __init__(self, reader: CheckpointReader, recipe: Recipe) -> None:
+        self._reader, self._recipe = reader, recipe
+        self._largest: dict[tuple[str, ...], torch.Tensor] = {}
+        self._lost = self._whole = 0.0
 
-def _fused_with(reader: CheckpointReader, name: str) -> list[str]:
-    """The names of the matrices that engines fuse with this one, itself among them."""
-    stem, _, leaf = name.removesuffix(".weight").rpartition(".")
-    together = next((fused for fused in _FUSED_IN_ENGINES if leaf in fused), (leaf,))
-    return [other for other in (f"{stem}.{leaf}.weight" for leaf in together) if other in reader]
+    def target(self, name: str) -> str:
+        """What the tensor `name` is called in the new checkpoint, before its suffixes."""
+        return name
+
+    def stored(self, name: str) -> tuple[Format | None, dict[str, torch.Tensor]]:
+        """The format of the tensor `name`, and what is stored for it, by suffix."""
+        tensor, format = self._reader.get(name), self._recipe.format_of(name)
+        if format is None:
+            return None, {"": tensor}
+        largest = self._largest_of_fused(name) if any(part.per_matrix for part in format.parts) else None
+        try:
+            parts = format.quantize(tensor, largest)
+        except ValueError as error:
+            raise ConfigError(
+                f"{name} can't be stored as {format.name}: {error}.",
+                fix="choose another group size (--group-size) or format, or keep the layer (--keep-layers)",
+                where=str(self._reader.path),
+            ) from None
+        exact = tensor.float()
+        self._whole += exact.square().sum().item()
+        self._lost += format.dequantize(parts).sub_(exact).square_().sum().item()
+        return format, format.stored(parts)
+
+    def _largest_of_fused(self, name: str) -> torch.Tensor:
+        """The largest |weight| of the matrices that engines fuse with this one, itself among them."""
+        stem, _, leaf = name.removesuffix(".weight").rpartition(".")
+        together = next((fused for fused in _FUSED_IN_ENGINES if leaf in fused), (leaf,))
+        names = tuple(other for other in (f"{stem}.{leaf}.weight" for leaf in together) if other in self._reader)
+        if names not in self._largest:
+            self._largest[names] = torch.stack([self._reader.get(each).abs().amax().float() for each in names]).amax()
+        return self._largest[names]
+
+    def quantization_config(self) -> dict[str, Any]:
+        return self._recipe.quantization_config()
+
+    def error(self) -> float:
+        """Root of the squares of what rounding changed over the squares of what was there."""
+        return math.sqrt(self._lost / self._whole) if self._whole else 0.0
 
 
 def _copy_other_files(source: Path, out: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.quant.formats import FORMATS, WHOLE_ROW, Format, get_format
+from qerl_rl.quant.int4 import W4A16Asymmetric
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,12 @@ class _Group:
 
 
 class StoredFormats:
-    """The formats of a checkpoint's Linear modules. Raises: ConfigError for one that is none of quant.format's."""
+    """The formats of a checkpoint's weights by its `quantization_config` (that of compressed-tensors).
+
+    Raises: ConfigError for a format that is none of quant.format's.
+    """
+
+    file_name = "config.json"
 
     def __init__(self, config: dict[str, Any], where: str) -> None:
         described = config.get("quantization_config") or {}
@@ -34,11 +40,9 @@ class StoredFormats:
             for group in (described.get("config_groups") or {}).values()
         ]
 
-    def __bool__(self) -> bool:
-        return bool(self._groups)
-
-    def of_module(self, name: str) -> Format | None:
-        """The format of a Linear module by its name without `.weight`; None where it is not quantized."""
+    def of_weight(self, weight: str) -> Format | None:
+        """The format of the weight X.weight; None where it is not quantized."""
+        name = weight.removesuffix(".weight")
         if any(_matches(name, ignored) for ignored in self._ignore):
             return None
         # A target that names the module goes before one that names its class.
@@ -46,6 +50,10 @@ class StoredFormats:
             if any(_matches(name, target) for target in group.targets):
                 return group.format
         return next((group.format for group in self._groups if "Linear" in group.targets), None)
+
+    def suffix(self, part: str) -> str:
+        """What a part is stored under, after X.weight."""
+        return part
 
 
 def _matches(name: str, target: str) -> bool:
@@ -64,6 +72,8 @@ def format_of_group(group: dict[str, Any], where: str) -> Format:
         ("float", 8): "mxfp8" if size == 32 else None,
     }.get(kind)
     symmetric = weights.get("symmetric", True)
+    if name == "w4a16" and not symmetric and weights.get("actorder") in (None, "weight", "static"):
+        return W4A16Asymmetric(max(size, 0))
     if name is None or not symmetric or weights.get("strategy") not in ("channel", "group", "tensor_group"):
         raise ConfigError(
             f"weights of {kind[1]} bits ({kind[0]}, {'' if symmetric else 'a'}symmetric, {weights.get('strategy')} "

@@ -20,9 +20,8 @@ class W8A8(Format):
     def scales(self, weight: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         return {"_scale": library_scales(largest_of_groups(weight, 0), self.scheme().weights)}
 
-    def encode(self, weight: torch.Tensor, scales: Parts) -> dict[str, torch.Tensor]:
-        scaled = weight.detach().float().div(scales["_scale"])
-        return {"": scaled.round_().clamp_(-128, 127).to(torch.int8), **scales}
+    def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.clamp_(-128, 127).round_().to(torch.int8)
 
     def steps(self, parts: Parts) -> torch.Tensor:
         return parts["_scale"]

@@ -216,7 +216,9 @@ def _write_mixed(request: Request, twin: Twin, kept: list[int]) -> str:
         source, request.out, twin.format.name, group_size=twin.format.group_size, keep_layers=kept
     )
     layers = ", ".join(map(str, kept))
-    return f"wrote {request.out}: {twin.format.name}, layers {layers} as they were, {written / 2**20:.1f} MiB"
+    return (
+        f"wrote {request.out}: {twin.format.name}, layers {layers} as they were, {written.weight_bytes / 2**20:.1f} MiB"
+    )
 
 
 def _engine_report(

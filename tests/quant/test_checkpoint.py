@@ -71,7 +71,7 @@ def test_ignore_list_leaves_exactly_the_modules_without_scales_unquantized(
 def test_many_shards_hold_what_one_file_holds(
     shard_bytes: int, tiny_checkpoint: Callable[..., Path], tiny_w8a8: Callable[..., Path], tmp_path: Path
 ) -> None:
-    written = quantize_checkpoint(tiny_checkpoint("mixtral"), tmp_path, "w8a8", shard_bytes=shard_bytes)
+    written = quantize_checkpoint(tiny_checkpoint("mixtral"), tmp_path, "w8a8", shard_bytes=shard_bytes).weight_bytes
     index = json.loads((tmp_path / INDEX_NAME).read_text())
     sharded, whole = CheckpointReader(tmp_path), CheckpointReader(tiny_w8a8("mixtral"))
     assert len(set(index["weight_map"].values())) > 1
