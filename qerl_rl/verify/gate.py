@@ -16,7 +16,7 @@ from qerl_rl.config.errors import ConfigError
 from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.quant.base import Format
 from qerl_rl.quant.checkpoint import CheckpointReader, stored_format
-from qerl_rl.quant.formats import get_format
+from qerl_rl.quant.formats import WHOLE_ROW, get_format
 from qerl_rl.quant.quantize import quantize_checkpoint
 from qerl_rl.verify.policy import FrozenPolicy, start_world
 from qerl_rl.verify.quantized import Twin, divergence, expert_cosines, mean_cosine, mean_divergence
@@ -177,13 +177,14 @@ def _twin(request: Request, model: Any, stored: str) -> Twin | None:
 
 def _expert_formats(folder: Path) -> dict[int, Format | None]:
     """By layer, the format of its routed experts."""
-    found: dict[int, Format | None] = {}
+    return _formats(folder, r"\.layers\.(\d+)\..*\.experts\.\d+\.")
+
+
+def _formats(folder: Path, pattern: str) -> dict[int, Format | None]:
+    """By layer (the pattern's group), the format of the last weight whose name has the pattern."""
     with CheckpointReader(folder) as reader:
-        for name in reader.weights():
-            place = re.search(r"\.layers\.(\d+)\..*\.experts\.", name)
-            if place:
-                found[int(place[1])] = reader.format_of(name)
-    return found
+        places = [(found, name) for name in reader.weights() if (found := re.search(pattern, name))]
+        return {int(found[1]): reader.format_of(name) for found, name in places}
 
 
 def _quantization_checks(report: Report, twin: Twin, request: Request, exact: Trace, sequences: list[Tensor]) -> None:
@@ -210,15 +211,19 @@ def _quantization_checks(report: Report, twin: Twin, request: Request, exact: Tr
 
 def _write_mixed(request: Request, twin: Twin, kept: list[int]) -> str:
     assert request.out is not None, "check_request demands it"
-    source = request.model if request.format else request.reference
-    assert source is not None
+    source, attention = request.model, ""
+    if not request.format:
+        assert request.reference is not None, "check_request demands it"
+        source = request.reference
+        # As in the model, which may have left attention alone, or in another format than its experts.
+        stored = _formats(request.model, r"\.layers\.(\d+)\.self_attn\.q_proj\.")
+        attention = next((format.name for layer, format in stored.items() if format and layer not in twin.kept), "none")
+    size = twin.format.group_size or WHOLE_ROW
     written = quantize_checkpoint(
-        source, request.out, twin.format.name, group_size=twin.format.group_size, keep_layers=kept
+        source, request.out, twin.format.name, group_size=size, attention=attention, keep_layers=kept
     )
-    layers = ", ".join(map(str, kept))
-    return (
-        f"wrote {request.out}: {twin.format.name}, layers {layers} as they were, {written.weight_bytes / 2**20:.1f} MiB"
-    )
+    layers, megabytes = ", ".join(map(str, kept)), written.weight_bytes / 2**20
+    return f"wrote {request.out}: {twin.format.name}, layers {layers} as they were, {megabytes:.1f} MiB"
 
 
 def _engine_report(
