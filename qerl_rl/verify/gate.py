@@ -30,7 +30,7 @@ LAYER_BAR, FINAL_BAR, GREEDY_TOKENS = 0.999, 0.98, 20
 EXPERT_BARS = {"w8a8": 0.99, "mxfp8": 0.99, "w4a16": 0.95, "w4a8": 0.95, "nvfp4": 0.95, "mxfp4": 0.95}
 """Cosine of a layer's quantized experts with the exact ones; a format's error of weights e, thrice, leaves about
 1 - 1.5 e^2, and rounding to 4 bits leaves e of about 0.1."""
-ENGINE_KL_BAR, ENGINE_KL_FACTOR = 0.01, 3.0
+ENGINE_KL_BAR, ENGINE_KL_FACTOR = 0.01, 2.0
 """Engine against trainer, k3 in nats a token: at most the larger of the first, and the second times what rounding
 activations makes in transformers' model."""
 PROMPTS, PROMPT_TOKENS = 8, 28
