@@ -18,6 +18,7 @@ from qerl_rl.data.arithmetic import arithmetic_problems
 from qerl_rl.make_model.characters import character_tokenizer
 from qerl_rl.make_model.random_model import MoeSizes, build_moe, save_model
 from qerl_rl.make_model.warm_start import Progress, WarmStart, sampled_accuracy, warm_start
+from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.quantize import quantize_checkpoint
 
 SIZES = MoeSizes(layers=4, hidden=128, heads=4, kv_heads=2, head_dim=32, experts=8, top_k=2, expert_width=128)
@@ -28,9 +29,10 @@ _CHECK_SEED = 1_000_000_007
 
 
 def copy_checkpoint(source: str | Path, out: Path) -> int:
-    """All files of `source` to `out`; returns the bytes of its weights."""
+    """All files of `source` to `out`; returns the bytes of its tensors."""
     shutil.copytree(source, out, dirs_exist_ok=True)
-    return sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    with CheckpointReader(out) as reader:
+        return sum(reader.get(name).nbytes for name in reader)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ def summary_table(
         *((f"held-out {name}", f"eval/{name}", 3) for name in held_out),
         ("entropy", "entropy", 3),
         ("KL to reference", "kl/reference", 4),
+        ("KL engine to trainer", "rollout_vs_train/k3_kl", 4),
         ("critic explains", "critic/explained_variance", 3),
         ("updates that merging kept", "swap/update_survival", 3),
     ):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qerl_rl.config.schema import Config, LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from qerl_rl.model.slots import LANGUAGE_MODEL
+from qerl_rl.platform import detect
 from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.train.model_engine import ModelEngine
 from qerl_rl.train.packing import make_pack
@@ -24,7 +25,7 @@ from qerl_rl.verify.reference import Trace
 
 
 def start_world() -> None:
-    """A gloo world of this process alone, unless there is one; the trainer and vLLM both find it."""
+    """A world of this process alone, unless there is one; the trainer and vLLM both find it."""
     if dist.is_initialized():
         return
     with socket.socket() as probe:
@@ -32,7 +33,7 @@ def start_world() -> None:
         port = probe.getsockname()[1]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", LOCAL_RANK="0")
     os.environ.update(WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    dist.init_process_group("gloo", rank=0, world_size=1)
+    dist.init_process_group(detect("auto").collective_backend, rank=0, world_size=1)
 
 
 class FrozenPolicy(ModelEngine):

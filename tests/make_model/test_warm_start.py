@@ -25,6 +25,7 @@ from qerl_rl.make_model.warm_start import (
     warm_start,
 )
 from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.quant.formats import get_format
 
 SMALL = MoeSizes(layers=2, hidden=32, heads=2, kv_heads=1, head_dim=16, experts=4, expert_width=32)
 SHORT = WarmStart(skill=0.05, doubt_steps=4, window=2, batch_size=16, learning_rate=5e-3)
@@ -66,6 +67,15 @@ def test_tiny_is_quantized_and_its_note_says_what_it_is(tmp_path: Path) -> None:
     assert made.weight_bytes == sum(reader.get(name).nbytes for name in reader)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format"] == "int-quantized"
     assert AutoTokenizer.from_pretrained(tmp_path).encode("1+2=") == character_tokenizer().encode("1+2=")
+    plain = make_tiny(tmp_path / "plain", 3, format="none", sizes=SMALL, settings=SHORT)
+    with CheckpointReader(tmp_path / "plain") as exact:
+        assert plain.weight_bytes == sum(exact.get(name).nbytes for name in exact) > made.weight_bytes
+        assert {exact.dtype(name) for name in exact} == {"BF16"}
+        for name in exact:
+            rounded = (
+                get_format("w8a8").quantize(exact.get(name)) if reader.is_quantized(name) else {"": exact.get(name)}
+            )
+            assert all(torch.equal(reader.get(name + suffix), part) for suffix, part in rounded.items())
 
 
 def test_expected_reward_is_the_accuracy_that_sampling_finds() -> None:

@@ -47,7 +47,15 @@ def test_scores_equal_those_of_transformers_however_packed(one_rank, checkpoints
         np.testing.assert_allclose(all_together[name], one_by_one[name], atol=1e-5)
 
 
-CORRECTIONS = {f"by {level}": RolloutCorrectionConfig(rollout_is=level) for level in ("token", "sequence")}
+CORRECTIONS = {
+    **{f"by {level}": RolloutCorrectionConfig(rollout_is=level) for level in ("token", "sequence")},
+    "rejecting": RolloutCorrectionConfig(
+        rollout_is="token",
+        rollout_is_threshold="0.7_1.6",
+        rollout_rs="seq_mean_k1,token_k3",
+        rollout_rs_threshold="0.8_1.3,0.3",
+    ),
+}
 """Of the ppo loss."""
 
 
@@ -85,6 +93,8 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(by_micro_batch, loss, agg
     eight, some, one = (updates[loss, aggregation] for updates in by_micro_batch)
     assert one["grad_norm"] > 1e-3
     assert 0 < one["clip_fraction"] < 1
+    assert ("rollout_correction/rs_masked" in one) == (loss == "rejecting")
+    assert 0 < one.get("rollout_correction/rs_masked", 0.5) < 1
     # Every update adds rounding of its own to the weights that the next ones see.
     assert eight == pytest.approx(one, rel=1e-4)
     assert some == pytest.approx(one, rel=1e-4)

@@ -28,7 +28,10 @@ WAYS = {
         *(f"rollout.carry_prompts={MORE}", "rollout.max_sequences=10", "rollout.max_batched_tokens=64"),
         "router_replay.mode=R3",
     ],
-    "one_step_off": ["noise.enabled=true", "noise.stages=2", "lora.in_rollout=merge"],
+    "one_step_off": [
+        *("noise.enabled=true", "noise.stages=2", "lora.in_rollout=merge"),
+        *("rollout_correction.rollout_rs=token_k2,seq_mean_k3", "rollout_correction.rollout_rs_threshold=4.5,1"),
+    ],
 }
 
 
@@ -119,6 +122,10 @@ def test_one_step_ahead_keeps_both_engines_in_memory_and_still_evaluates(straigh
     # The first step learns from its own policy, later ones from the one before: further from what sampled.
     assert min(step["rollout_vs_train/k3_kl"] for step in steps[1:]) > 0
     assert steps[4]["rollout_vs_train/k3_kl"] > 2 * steps[0]["rollout_vs_train/k3_kl"]
+    for step in steps:
+        tokens, samples = (step[f"rollout_correction/{name}"] for name in ("rs_masked", "rs_sequences_masked"))
+        assert 0 <= max(tokens, samples) < 0.5
+        assert (tokens == 0) == (samples == 0)
 
 
 def test_an_uncorrected_run_says_so_and_names_the_key():

@@ -65,6 +65,10 @@ def test_every_kind_of_column_comes_back_as_it_was_put(make_dock: MakeDock) -> N
     dock.put({"extras": extras}, keys)
     batch = dock.get("everything", 8)
     assert list(batch.keys) == keys
+    assert "prompts" in batch.columns
+    assert "promts" not in batch.columns
+    assert batch.columns.get("promts") is None
+    assert batch.columns.get("rewards") is batch.columns["rewards"]
     assert batch.columns["prompts"].tolist() == np.arange(16).reshape(8, 2).tolist()
     assert batch.columns["rewards"].tolist() == [0.5] * 8
     assert batch.columns["answers"] == [f"ansẅer {key}" for key in keys]

@@ -37,7 +37,7 @@ def with_swapped_experts(source: Path, folder: Path) -> Path:
     return folder
 
 
-def _scene(plain: Path, quantized: Path, scratch: Path) -> dict[str, Any]:
+def _scene(plain: Path, quantized: Path, families: list[Path], scratch: Path) -> dict[str, Any]:
     broken = with_swapped_experts(plain, scratch / "broken")
     broken_quantized = with_swapped_experts(quantized, scratch / "broken_quantized")
     mixed = scratch / "mixed"
@@ -49,6 +49,7 @@ def _scene(plain: Path, quantized: Path, scratch: Path) -> dict[str, Any]:
         "mixed": verify(Request(mixed, reference=plain, by_layer=True)),
         "swapped": verify(Request(broken, reference=plain)),
         "swapped, quantized": verify(Request(broken_quantized, reference=plain)),
+        "families": [verify(Request(family, format="mxfp4")) for family in families],
         "activations": _rounded_activations(),
         **_with_engine(plain, broken),
     }
@@ -63,7 +64,7 @@ def _with_engine(plain: Path, broken: Path) -> dict[str, Report]:
     engine, reports = EngineSide(plain, sequences, sequences), {}
     for name, folder in {"engine": plain, "engine, other trainer": broken}.items():
         reports[name] = Report()
-        engine_checks(reports[name], engine, FrozenPolicy(folder), sequences, sequences, by_layer=True)
+        engine_checks(reports[name], engine, FrozenPolicy(folder), sequences, sequences, expected=0, by_layer=True)
     return reports
 
 
@@ -98,7 +99,8 @@ def seen(
     tiny_checkpoint: Callable[..., Path], tiny_w8a8: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     folders = [build("qwen3_moe", "bfloat16", layers=LAYERS) for build in (tiny_checkpoint, tiny_w8a8)]
-    return run_engines(_scene, 1, *folders, tmp_path_factory.mktemp("verify"))[0]
+    families = [tiny_checkpoint(family, "bfloat16", layers=1) for family in ("qwen2_moe", "mixtral")]
+    return run_engines(_scene, 1, *folders, families, tmp_path_factory.mktemp("verify"))[0]
 
 
 def figures(report: Report, name: str) -> dict[int | None, float]:
@@ -113,6 +115,12 @@ def test_a_checkpoint_as_it_should_be_passes(seen: dict[str, Any]) -> None:
         found = figures(seen["plain"], f"{part}, trainer vs HF")
         assert list(found) == list(range(LAYERS))
         assert min(found.values()) > 0.99999
+
+
+def test_shared_experts_and_other_names_of_weights_are_no_obstacle(seen: dict[str, Any]) -> None:
+    for report in seen["families"]:
+        assert report.exit_code == 0
+        assert 0.95 < figures(report, "experts, mxfp4 vs exact")[0] < 0.999
 
 
 def test_the_layer_whose_experts_changed_places_is_named_and_no_other(seen: dict[str, Any]) -> None:
@@ -165,7 +173,7 @@ def test_activations_are_rounded_to_a_grid_of_their_token_and_only_while_asked(s
 
 def test_the_engine_is_compared_with_the_trainer_and_timed(seen: dict[str, Any]) -> None:
     values = {check.name: check.value for check in seen["engine"].checks if check.layer is None}
-    assert 0 < values["k3_kl, engine vs trainer"] < 0.02
+    assert 0 < values["k3_kl, engine vs trainer"] < 0.01
     assert 0.99 < values["pearson, engine vs trainer"] < 1
     assert values["engine: load time"] > 0
     assert min(values["engine: first generation"], values["engine: steady generation"]) > 0
@@ -173,7 +181,7 @@ def test_the_engine_is_compared_with_the_trainer_and_timed(seen: dict[str, Any])
 
 def test_attribution_blames_the_layer_in_which_engine_and_trainer_part(seen: dict[str, Any]) -> None:
     report = seen["engine, other trainer"]
-    assert {check.name.partition(",")[0] for check in report.faults} == {"k3_kl", "pearson"}
+    assert {check.name.partition(",")[0] for check in report.faults} == {"k3_kl"}
     added = figures(report, "KL added, engine vs trainer")
     assert len(added) == LAYERS
     assert max(added, key=lambda layer: added[layer]) == BROKEN
@@ -188,6 +196,7 @@ def test_attribution_blames_the_layer_in_which_engine_and_trainer_part(seen: dic
         (["--model", "{w8a8}", "--format", "w8a8"], "is quantized already (w8a8)", "leave --format out"),
         (["--model", "{plain}", "--reference", "{w8a8}"], "is quantized", "bfloat16 checkpoint"),
         (["--model", "{plain}", "--reference", "{other}"], "is another model than", "made from"),
+        (["--model", "{w8a8}", "--layers"], "no mismatch to attribute", "give --engine vllm"),
         (["--model", "{plain}", "--keep-worst", "1"], "writes a checkpoint", "give --out DIR"),
         (["--model", "{plain}", "--keep-worst", "1", "--out", "x"], "no format", "give --format F"),
         (["--model", "{plain}", "--keep-worst", "3", "--out", "x", "--format", "w4a16"], "3 of 3", "1 .. 2"),
