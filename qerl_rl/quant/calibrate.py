@@ -78,13 +78,9 @@ def _modifiers(recipe: Recipe, method: str) -> list[Any]:
     groups = {"config_groups": described["config_groups"], "ignore": described["ignore"]}
     if method == "gptq":
         return [GPTQModifier(**groups)]
-    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
 
-    return (
-        [AWQModifier(**groups)]
-        if "config_groups" in AWQModifier.model_fields
-        else [AWQModifier(), QuantizationModifier(**groups)]
-    )
+    return [AWQModifier(), QuantizationModifier(**groups)]
 
 
 def _error(source: Path, quantized: CheckpointReader) -> float:
