@@ -1,4 +1,4 @@
-"""`python -m qerl_rl make-model ...`: builds the models that the examples train."""
+"""`python -m qerl_rl COMMAND`: make-model builds the models of the examples, quantize stores one in fewer bits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.quant.command import add_quantize
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     smollm2.set_defaults(run=_make_smollm2_moe)
     for model in (tiny, smollm2):
         model.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
+    add_quantize(commands)
     return parser
 
 
