@@ -121,6 +121,20 @@ def test_layouts_that_do_not_divide_the_model_name_what_they_split(launch_file, 
     assert "command line" in message
 
 
+def test_a_layout_that_cuts_weights_of_one_scale_apart_names_the_group(
+    launch_file, tiny_checkpoint, tiny_quantized, capsys
+):
+    folder = tiny_quantized(tiny_checkpoint("qwen3_moe"), "w4a16", group_size=64)
+    layout = ["cluster.workers=2", "train.tensor_parallel=2", "train.expert_tensor_parallel=2"]
+    model = [f"model.path={folder}", "quant.format=w4a16"]
+    assert launch.main(["--config", str(launch_file), *model, *layout]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "train.expert_tensor_parallel=2 cuts the 64 columns" in message
+    assert "w4a16 in groups of 64" in message
+    assert "set train.expert_tensor_parallel to 1" in message
+    assert "command line" in message
+
+
 def test_a_prompt_over_the_limit_names_its_line(launch_file, tmp_path, capsys):
     data = rows(tmp_path, [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+" * 40, "answer": "2"}])
     assert launch.main(["--config", str(launch_file), f"data.train_path={data}"]) == 2
