@@ -55,7 +55,7 @@ class LazyColumns(Mapping[str, Any]):
             self._values[name] = as_values(read, flat)
         return self._values[name]
 
-    # Mapping asks for the value and expects a KeyError: these would fail for a missing name, and read one that is there.
+    # Mapping asks for the value and expects a KeyError: these would fail for a missing name, and read one.
     def __contains__(self, name: object) -> bool:
         return name in self.reads
 
