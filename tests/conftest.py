@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,18 +38,29 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 
 @pytest.fixture(scope="session")
-def tiny_w8a8(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_w8a8(family, ...)` -> folder of the W8A8 twin of `tiny_checkpoint(family, ...)`."""
-    built: dict[Path, Path] = {}
+def tiny_quantized(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`tiny_quantized(source, format, **options)` -> folder of the twin of `source` (of `tiny_checkpoint`).
 
-    def build(family: str, dtype: str = "float32", seed: int = 0, **sizes: int | bool) -> Path:
-        source = tiny_checkpoint(family, dtype, seed, **sizes)
-        if source not in built:
-            built[source] = tmp_path_factory.mktemp(f"{family}_w8a8")
-            quantize_checkpoint(source, built[source], "w8a8")
-        return built[source]
+    `options` are those of quantize_checkpoint.
+    """
+    built: dict[tuple, Path] = {}
+
+    def build(source: Path, format: str, **options: Any) -> Path:
+        key = (source, format, *sorted(options.items()))
+        if key not in built:
+            built[key] = tmp_path_factory.mktemp(f"{source.name}_{format}")
+            quantize_checkpoint(source, built[key], format, **options)
+        return built[key]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_w8a8(tiny_checkpoint: Callable[..., Path], tiny_quantized: Callable[..., Path]) -> Callable[..., Path]:
+    """`tiny_w8a8(family, ...)` -> folder of the W8A8 twin of `tiny_checkpoint(family, ...)`."""
+    return lambda *arguments, **sizes: tiny_quantized(tiny_checkpoint(*arguments, **sizes), "w8a8")
 
 
 @pytest.fixture(scope="session")

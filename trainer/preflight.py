@@ -18,6 +18,7 @@ from qerl_rl.data.pairs import load_pairs
 from qerl_rl.data.prompts import Prompt, PromptSet, held_out, load_prompts
 from qerl_rl.data.source import PromptSource
 from qerl_rl.model.architecture import MoeArchitecture, check_layout
+from qerl_rl.model.formats import check_checkpoint
 from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.rewards import load_rewards
 from qerl_rl.rewards.model import check_reward_model
@@ -122,6 +123,7 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture) ->
     config, rollout = loaded.config, loaded.config.rollout
     try:
         check_layout(architecture, config.train)
+        check_checkpoint(config.model.path, architecture, config.train)
         if config.has_rollout_engine:
             check_expert_sizes(config.model.path, rollout)
     except ConfigError as error:

@@ -8,6 +8,7 @@ from typing import Any
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.loader import LoadedConfig
 from qerl_rl.model.architecture import MoeArchitecture, check_layout
+from qerl_rl.model.formats import check_checkpoint
 from qerl_rl.model.slots import SCORE
 from qerl_rl.quant.checkpoint import CheckpointReader
 
@@ -48,6 +49,7 @@ def _check_model(loaded: LoadedConfig, key: str, path: str, policy: MoeArchitect
         raise ConfigError(f"{key}={path} holds no config.json.", fix=f"set {key} to a model folder", where=where)
     own = MoeArchitecture.from_folder(path)
     check_layout(own, loaded.config.train)
+    check_checkpoint(path, own, loaded.config.train)
     # Text never passes between the models, token ids do: what each id stands for must be the same.
     if load_tokenizer(path).get_vocab() != tokenizer.get_vocab() or own.vocabulary_size < policy.vocabulary_size:
         problem = f"{key}={path} has another tokenizer than model.path={loaded.config.model.path}."

@@ -1,8 +1,8 @@
-"""What the linear layers and the experts share: a frozen or int8 base, and an adapter that can be switched off."""
+"""What the linear layers and the experts share: a frozen or quantized base, and an adapter that can be switched off."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,24 +10,25 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import Parameter
 
 from qerl_rl.config.schema import LoraConfig
-from qerl_rl.model.grouped_linear import Base
+from qerl_rl.model.base_weight import Base
+from qerl_rl.quant.formats import Format
 
 
 @dataclass(frozen=True)
-class WeightFormat:
-    """How a layer stores its weights: `quantized` int8 with scales or floats, and the adapter beside them, if any."""
+class LayerWeights:
+    """How a layer stores its weights: the format of each by name (floats where it has none), and any adapters."""
 
-    quantized: bool
+    formats: Mapping[str, Format]
     lora: LoraConfig | None
 
 
 class AdaptedModule(torch.nn.Module):
-    """Weights named X (Parameter, or int8 buffer with X_scale float32) and adapters X_lora_A, X_lora_B."""
+    """Weights named X (a Parameter, or buffers X + suffix of the parts of a format) and adapters X_lora_A, X_lora_B."""
 
-    def __init__(self, config: TransformerConfig, weights: WeightFormat) -> None:
+    def __init__(self, config: TransformerConfig, weights: LayerWeights) -> None:
         super().__init__()
         self.config = config
-        self.quantized = weights.quantized
+        self.formats = weights.formats
         self.lora = weights.lora
         self.adapters_enabled = weights.lora is not None
 
@@ -38,9 +39,9 @@ class AdaptedModule(torch.nn.Module):
 
     def add_weight(self, name: str, shape: tuple[int, ...]) -> None:
         """Allocate the base weight `name` [..., N, K], to be filled by load_hf; frozen beside an adapter."""
-        if self.quantized:
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.int8))
-            self.register_buffer(f"{name}_scale", torch.zeros(*shape[:-1], 1, dtype=torch.float32))
+        if format := self.formats.get(name):
+            for part in format.parts:
+                self.register_buffer(name + part.suffix, torch.zeros(part.shape(shape), dtype=part.dtype))
         else:
             weight = Parameter(torch.empty(shape, dtype=self.config.params_dtype), requires_grad=self.lora is None)
             self.register_parameter(name, weight)
@@ -52,14 +53,24 @@ class AdaptedModule(torch.nn.Module):
             self.register_parameter(f"{name}_lora_{matrix}", parameter)
 
     def base(self, name: str) -> Base:
-        """The base weight `name`, as grouped_linear takes it."""
-        return Base(getattr(self, name), getattr(self, f"{name}_scale", None))
+        """The base weight `name`, as grouped_linear takes it (without a dimension of groups where it has none)."""
+        format = self.formats.get(name)
+        suffixes = [part.suffix for part in format.parts] if format else [""]
+        return Base(tuple(getattr(self, name + suffix) for suffix in suffixes), format)
+
+    def dense(self, name: str) -> torch.Tensor:
+        """A copy of the base weight `name` [..., N, K], dequantized to float32; a float weight as it is."""
+        base = self.base(name)
+        if base.format is None:
+            return base.tensors[0]
+        parts = {part.suffix: tensor for part, tensor in zip(base.format.parts, base.tensors, strict=True)}
+        return base.format.dequantize(parts)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> AdaptedModule:
-        # model.bfloat16() casts every floating-point buffer, but a rounded scale is another weight.
-        scales = {name: buffer for name, buffer in self._buffers.items() if name.endswith("_scale")}
+        # model.bfloat16() casts every floating-point buffer, but a rounded part of a format is another weight.
+        parts = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, exact in scales.items():
+        for name, exact in parts.items():
             if exact is not None and self._buffers[name].dtype != exact.dtype:  # type: ignore[union-attr]
                 self._buffers[name] = exact.to(self._buffers[name].device)  # type: ignore[union-attr]
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,15 +23,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from qerl_rl.config.schema import LoraConfig, TrainConfig
-from qerl_rl.model.adapted import WeightFormat
+from qerl_rl.layout.blocks import ParallelSizes
+from qerl_rl.model.adapted import LayerWeights
 from qerl_rl.model.architecture import MoeArchitecture, check_layout
 from qerl_rl.model.experts import StackedExperts
+from qerl_rl.model.formats import SlotFormats, check_format_layout
 from qerl_rl.model.linear import ColumnLinear, RowLinear
 from qerl_rl.model.lora import initialize_adapters
 from qerl_rl.model.parallel import current_sizes, initialize_parallel
 from qerl_rl.model.slots import LANGUAGE_MODEL, VALUE, padded_vocabulary
 from qerl_rl.model.value_head import ValueHead
 from qerl_rl.platform.torch_modules import PackedAttention, RMSNorm
+from qerl_rl.quant.formats import Format
 
 __all__ = ["build_model", "initialize_parallel", "transformer_config"]
 
@@ -43,7 +47,7 @@ def build_model(
     architecture: MoeArchitecture,
     train: TrainConfig,
     lora: LoraConfig | None,
-    quantized: bool,
+    formats: SlotFormats,
     *,
     head: str = LANGUAGE_MODEL,
     seed: int = 1,
@@ -54,17 +58,19 @@ def build_model(
     [1, T], attention_mask=None, packed_seq_params=PackedSeqParams(qkv_format="thd", ...)) gives logits [1, T,
     vocabulary of this rank] (T divisible by tensor_parallel), `NO_TOKEN` in columns that pad the vocabulary.
     With head=VALUE it gives values [1, T, 1] (`ValueHead`, which always trains) and no logits.
-    With `lora` only adapters train; a quantized base without it trains norms, router, embeddings and biases.
+    `formats` are those of the checkpoint (`stored_formats`). With `lora` only adapters train; a quantized base without
+    it trains norms, router, embeddings and biases.
     Float16Module is not needed: parameters are created in train.dtype.
-    Raises: ConfigError when the layout does not fit the model.
+    Raises: ConfigError when the layout does not fit the model or its formats.
     """
     sizes = current_sizes()
     check_layout(architecture, train)
+    check_format_layout(architecture, formats, sizes)
     config = transformer_config(architecture, train)
     trains_base = lora is None
     model = GPTModel(
         config,
-        _block_spec(architecture, lora, quantized, architecture.layers // sizes.pipeline),
+        _block_spec(architecture, lora, formats, sizes),
         vocab_size=padded_vocabulary(architecture, sizes),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -149,51 +155,66 @@ def _recompute(kind: str) -> dict[str, Any]:
 
 
 def _block_spec(
-    architecture: MoeArchitecture, lora: LoraConfig | None, quantized: bool, layers: int
+    architecture: MoeArchitecture, lora: LoraConfig | None, formats: SlotFormats, sizes: ParallelSizes
 ) -> TransformerBlockSubmodules:
-    """Megatron's local layer spec with this project's norm, attention, linear layers and experts in it."""
-    norm = RMSNorm
-    head_norm = norm if architecture.qk_norm else IdentityOp
-    attention_format = WeightFormat(quantized, lora if lora and lora.attention else None)
-    column, row = _linear_specs(attention_format)
+    """Megatron's local layer spec with this project's norm, attention, linear layers and experts in it.
+
+    Layers differ in how their weights are stored only.
+    """
+    count = architecture.layers // sizes.pipeline
+    first = parallel_state.get_pipeline_model_parallel_rank() * count
+    layers = [
+        _layer_spec(architecture, lora, {name: format for (layer, name), format in formats.items() if layer == number})
+        for number in range(first, first + count)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _layer_spec(architecture: MoeArchitecture, lora: LoraConfig | None, formats: Mapping[str, Format]) -> ModuleSpec:
+    """Args: formats: of the layer's weights, by the names of their slots."""
+    head_norm = RMSNorm if architecture.qk_norm else IdentityOp
+    of_attention = lora if lora and lora.attention else None
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=column,
+            linear_qkv=_linear(ColumnLinear, formats.get("self_attention.linear_qkv.weight"), of_attention),
             core_attention=PackedAttention,
-            linear_proj=row,
+            linear_proj=_linear(RowLinear, formats.get("self_attention.linear_proj.weight"), of_attention),
             q_layernorm=head_norm,
             k_layernorm=head_norm,
         ),
     )
-    experts_format = WeightFormat(quantized, lora if lora and lora.experts else None)
-    shared_column, shared_row = _linear_specs(WeightFormat(quantized, None))
-    shared_submodules = MLPSubmodules(linear_fc1=shared_column, linear_fc2=shared_row)
+    prefix = "mlp.experts."
+    of_experts = {name.removeprefix(prefix): format for name, format in formats.items() if name.startswith(prefix)}
+    experts_weights = LayerWeights(of_experts, lora if lora and lora.experts else None)
+    of_shared = lora if lora and lora.shared_experts else None
+    shared_submodules = MLPSubmodules(
+        linear_fc1=_linear(ColumnLinear, formats.get("mlp.shared_experts.linear_fc1.weight"), of_shared),
+        linear_fc2=_linear(RowLinear, formats.get("mlp.shared_experts.linear_fc2.weight"), of_shared),
+    )
     experts = MoESubmodules(
-        experts=ModuleSpec(module=StackedExperts, params={"weights": experts_format}),
+        experts=ModuleSpec(module=StackedExperts, params={"weights": experts_weights}),
         shared_experts=ModuleSpec(module=SharedExpertMLP, params={"gate": True}, submodules=shared_submodules),
     )
-    layer = ModuleSpec(
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=RMSNorm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(module=MoELayer, submodules=experts),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
 
-def _linear_specs(weights: WeightFormat) -> tuple[Any, Any]:
-    """Column- and row-parallel linear layer: Megatron's own where the weights are plain."""
-    if not weights.quantized and weights.lora is None:
-        return ColumnParallelLinear, RowParallelLinear
-    params = {"weights": weights}
-    return ModuleSpec(module=ColumnLinear, params=params), ModuleSpec(module=RowLinear, params=params)
+def _linear(kind: type[ColumnLinear | RowLinear], format: Format | None, lora: LoraConfig | None) -> Any:
+    """A column- or row-parallel linear layer: Megatron's own where the weights are plain."""
+    if format is None and lora is None:
+        return ColumnParallelLinear if kind is ColumnLinear else RowParallelLinear
+    return ModuleSpec(module=kind, params={"weights": LayerWeights({"weight": format} if format else {}, lora)})
 
 
 def _mask_vocabulary_padding(model: GPTModel, vocabulary_size: int) -> None:

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
-from qerl_rl.model.adapted import AdaptedModule, WeightFormat
+from qerl_rl.model.adapted import AdaptedModule, LayerWeights
+from qerl_rl.model.expert_mlp import expert_mlp
 from qerl_rl.model.grouped_linear import Adapter, grouped_linear
+from qerl_rl.model.swiglu import weighted_swiglu, weighted_swiglu_backward
 
 
 class StackedExperts(AdaptedModule):
@@ -22,7 +23,7 @@ class StackedExperts(AdaptedModule):
     the adapters w13_lora_A [E, r, H], w13_lora_B [E, 2I, r], w2_lora_A [E, r, I], w2_lora_B [E, H, r].
     """
 
-    def __init__(self, experts: int, config: TransformerConfig, weights: WeightFormat) -> None:
+    def __init__(self, experts: int, config: TransformerConfig, weights: LayerWeights) -> None:
         super().__init__(config, weights)
         self.split = parallel_state.get_expert_tensor_parallel_world_size()
         hidden, width = config.hidden_size, config.moe_ffn_hidden_size // self.split
@@ -52,9 +53,13 @@ class StackedExperts(AdaptedModule):
         Returns: ([T, H], no bias); under expert tensor parallelism this rank's part of the sum.
         """
         rows = tokens_per_expert.tolist()
-        hidden = grouped_linear(tokens, self.base("w13"), self._adapter("w13", "A"), rows)
+        bases = self.base("w13"), self.base("w2")
+        adapters = self._adapter("w13", "A"), self._adapter("w2", "B")
+        if not any(base.tensors[0].requires_grad for base in bases):
+            return expert_mlp(tokens, probabilities, rows, bases, adapters), None
+        hidden = grouped_linear(tokens, bases[0], adapters[0], rows)
         hidden = _WeightedSwiGlu.apply(hidden, probabilities)
-        return grouped_linear(hidden, self.base("w2"), self._adapter("w2", "B"), rows), None
+        return grouped_linear(hidden, bases[1], adapters[1], rows), None
 
     def _adapter(self, name: str, replicated: str) -> Adapter | None:
         """The adapter of a weight; the matrix that all expert-tensor-parallel ranks hold gets its gradient summed."""
@@ -82,29 +87,14 @@ class _SumGradient(torch.autograd.Function):
 
 
 class _WeightedSwiGlu(torch.autograd.Function):
-    """silu(gate) * up * probability, keeping only its inputs: autograd's version keeps four tensors of this size.
-
-    As in Megatron's experts, the probability (float32) multiplies before the second matrix.
-    """
+    """`weighted_swiglu`, keeping only its inputs: autograd's version keeps four tensors of this size."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden, probabilities)
-        gate, up = hidden.chunk(2, -1)
-        return (F.silu(gate) * up).mul_(probabilities.unsqueeze(-1))
+        return weighted_swiglu(hidden, probabilities)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, probabilities = ctx.saved_tensors
-        gate, up = hidden.chunk(2, -1)
-        sigmoid = torch.sigmoid(gate)
-        activated = gate * sigmoid
-        weighted = gradient * probabilities.unsqueeze(-1).to(gradient.dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_gate, grad_up = grad_hidden.chunk(2, -1)
-        torch.mul(weighted, activated, out=grad_up)
-        # d silu(g) / dg = sigmoid(g) + silu(g) * (1 - sigmoid(g))
-        torch.mul(weighted * up, sigmoid + activated * (1 - sigmoid), out=grad_gate)
-        grad_probabilities = (gradient * activated * up).sum(-1, dtype=probabilities.dtype)
-        return grad_hidden, grad_probabilities
+        return weighted_swiglu_backward(gradient, *ctx.saved_tensors)[:2]

@@ -1,42 +1,20 @@
 """The one matrix product of the quantized model: y = x W^T + scaling (x A^T) B^T, a group of rows for each expert.
 
-Attention is the case of one group. The base W is int8 with one scale a row, or floating point; the adapter is optional.
+Attention is the case of one group. The base W is floating point or stored in a format; the adapter is optional.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-
-@dataclass(frozen=True)
-class Base:
-    """The base weights of E groups: weight [E, N, K] float, or int8 with scale [E, N, 1] float32."""
-
-    weight: torch.Tensor
-    scale: torch.Tensor | None = None
-
-    def workspace(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """[N, K] `dtype` for the integers of one group after the other; None when the weights are floats already."""
-        if self.scale is None:
-            return None
-        return torch.empty(self.weight.shape[1:], dtype=dtype, device=self.weight.device)
-
-    def matrix(self, group: int, workspace: torch.Tensor | None) -> torch.Tensor:
-        """[N, K] of one group, int8 turned into exact floats but not scaled; valid until the next call."""
-        return self.weight[group] if workspace is None else workspace.copy_(self.weight[group])
-
-    def row_scale(self, group: int) -> torch.Tensor | None:
-        """[1, N] float32, what the outputs are multiplied by: much cheaper than multiplying the weights."""
-        return None if self.scale is None else self.scale[group].t()
-
-    def scaled(self, grad_y: torch.Tensor, group: int) -> torch.Tensor:
-        """Gradient of the outputs before they were multiplied by the scales."""
-        row_scale = self.row_scale(group)
-        return grad_y if row_scale is None else torch.mul(grad_y, row_scale, out=torch.empty_like(grad_y))
+from qerl_rl.model.base_weight import Base, Unpacker
+from qerl_rl.platform.kernels import ColumnScaler
+from qerl_rl.quant.formats import Format
 
 
 @dataclass(frozen=True)
@@ -48,6 +26,57 @@ class Adapter:
     scaling: float
 
 
+class GroupProduct:
+    """The product with the weights of one group at a time, and its gradients; dtype: of the activations."""
+
+    def __init__(self, base: Base, adapter: Adapter | None, dtype: torch.dtype) -> None:
+        self.rank = 0 if adapter is None else adapter.a.size(1)
+        self.inputs, self.outputs = base.inputs, base.outputs
+        self._adapter, self._unpacker, self._scales = adapter, Unpacker(base, dtype), base.row_scales
+        if self._scales is not None:
+            self._scale = ColumnScaler(base.outputs, dtype, self._scales.device)
+
+    def forward(self, x: torch.Tensor, group: int, y: torch.Tensor, down: torch.Tensor) -> None:
+        """Fills y [n, N] and, with an adapter, down [n, r] = x A^T."""
+        torch.mm(x, self._unpacker.matrix(group).t(), out=y)
+        if self._scales is not None:
+            self._scale(y, self._scales[group], y)
+        if adapter := self._adapter:
+            torch.mm(x, adapter.a[group].t(), out=down)
+            y.addmm_(down, adapter.b[group].t(), alpha=adapter.scaling)
+
+    def grad_inputs(
+        self, grad_y: torch.Tensor, group: int, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The gradients of x [n, K], into `out` where it is given, and with an adapter of x A^T [n, r]."""
+        before = grad_y
+        if self._scales is not None:
+            before = self._scale(grad_y, self._scales[group], torch.empty_like(grad_y))
+        grad_x = torch.mm(before, self._unpacker.matrix(group), out=out)
+        grad_down = self.grad_down(grad_y, group)
+        if grad_down is not None and self._adapter:
+            grad_x.addmm_(grad_down, self._adapter.a[group])
+        return grad_x, grad_down
+
+    def grad_down(self, grad_y: torch.Tensor, group: int) -> torch.Tensor | None:
+        """The gradient of x A^T [n, r], with an adapter."""
+        return (grad_y @ self._adapter.b[group]).mul_(self._adapter.scaling) if self._adapter else None
+
+    def grad_adapter(
+        self,
+        grad_y: torch.Tensor,
+        x: torch.Tensor,
+        down: torch.Tensor,
+        grad_down: torch.Tensor | None,
+        group: int,
+        gradients: Sequence[torch.Tensor],
+    ) -> None:
+        """Fills the group's `gradients` of A and B, where there is an adapter; down = x A^T and its gradient."""
+        if grad_down is not None and self._adapter:
+            torch.mm(grad_down.t(), x, out=gradients[0][group])
+            torch.mm(grad_y.t(), down, out=gradients[1][group]).mul_(self._adapter.scaling)
+
+
 class _GroupedLinear(torch.autograd.Function):
     """Dequantizes the base again in backward: no float copy of it is kept, and without adapter no x either."""
 
@@ -55,66 +84,64 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        scale: torch.Tensor | None,
         a: torch.Tensor | None,
         b: torch.Tensor | None,
         scaling: float,
         rows: list[int],
+        format: Format | None,
+        *tensors: torch.Tensor,
     ) -> torch.Tensor:
-        base = Base(weight, scale)
-        y = x.new_empty(x.size(0), weight.size(1))
-        down = None if a is None else x.new_empty(x.size(0), a.size(1))
-        workspace = base.workspace(x.dtype)
-        for group, (start, end) in _spans(rows):
-            torch.mm(x[start:end], base.matrix(group, workspace).t(), out=y[start:end])
-            if (row_scale := base.row_scale(group)) is not None:
-                y[start:end].mul_(row_scale)
-            if a is not None and b is not None and down is not None:
-                torch.mm(x[start:end], a[group].t(), out=down[start:end])
-                y[start:end].addmm_(down[start:end], b[group].t(), alpha=scaling)
-        needs_x = a is not None or ctx.needs_input_grad[1]
-        ctx.save_for_backward(x if needs_x else None, weight, scale, a, b, down)
-        ctx.scaling, ctx.rows = scaling, rows
+        product = GroupProduct(Base(tensors, format), adapter_of(a, b, scaling), x.dtype)
+        y, down = x.new_empty(x.size(0), product.outputs), x.new_empty(x.size(0), product.rank)
+        for group, span in spans(rows):
+            product.forward(x[span], group, y[span], down[span])
+        needs_x = a is not None or any(ctx.needs_input_grad[6:])
+        ctx.save_for_backward(x if needs_x else None, a, b, down if a is not None else None, *tensors)
+        ctx.scaling, ctx.rows, ctx.format = scaling, rows, format
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
-        x, weight, scale, a, b, down = ctx.saved_tensors
-        base = Base(weight, scale)
+        x, a, b, down, *tensors = ctx.saved_tensors
+        product = GroupProduct(Base(tuple(tensors), ctx.format), adapter_of(a, b, ctx.scaling), grad_y.dtype)
         grad_y = grad_y.contiguous()
-        grad_x = grad_y.new_empty(grad_y.size(0), weight.size(2)) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        grad_a, grad_b = (None, None) if a is None else (torch.empty_like(a), torch.empty_like(b))
-        workspace = None if grad_x is None else base.workspace(grad_y.dtype)
-        for group, (start, end) in _spans(ctx.rows):
-            part = grad_y[start:end]
-            if grad_x is not None:
-                torch.mm(base.scaled(part, group), base.matrix(group, workspace), out=grad_x[start:end])
+        grad_x = grad_y.new_empty(grad_y.size(0), product.inputs) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(tensors[0]) if any(ctx.needs_input_grad[6:]) else None
+        of_adapter = [torch.empty_like(matrix) for matrix in (a, b) if matrix is not None]
+        for group, span in spans(ctx.rows):
+            if grad_x is None:
+                grad_down = product.grad_down(grad_y[span], group)
+            else:
+                _, grad_down = product.grad_inputs(grad_y[span], group, out=grad_x[span])
+            if x is not None and down is not None:
+                product.grad_adapter(grad_y[span], x[span], down[span], grad_down, group, of_adapter)
             if grad_weight is not None:
-                torch.mm(part.t(), x[start:end], out=grad_weight[group])
-            if grad_a is not None and grad_b is not None:
-                grad_down = (part @ b[group]).mul_(ctx.scaling)
-                torch.mm(grad_down.t(), x[start:end], out=grad_a[group])
-                torch.mm(part.t(), down[start:end], out=grad_b[group]).mul_(ctx.scaling)
-                if grad_x is not None:
-                    grad_x[start:end].addmm_(grad_down, a[group])
-        idle = [group for group, count in enumerate(ctx.rows) if not count]
-        for gradient in (grad_weight, grad_a, grad_b):
-            if gradient is not None and idle:
-                gradient[idle] = 0.0
-        return grad_x, grad_weight, None, grad_a, grad_b, None, None
+                torch.mm(grad_y[span].t(), x[span], out=grad_weight[group])
+        clear_idle(ctx.rows, [*of_adapter, *([] if grad_weight is None else [grad_weight])])
+        return grad_x, *(of_adapter or (None, None)), None, None, None, grad_weight, *[None] * (len(tensors) - 1)
 
 
-def _spans(rows: list[int]) -> list[tuple[int, tuple[int, int]]]:
-    """(group, (first row, end)) of every group that has rows."""
-    spans, start = [], 0
+def adapter_of(a: torch.Tensor | None, b: torch.Tensor | None, scaling: float) -> Adapter | None:
+    """The adapter of these matrices, if there are any: as an autograd function takes it apart."""
+    return None if a is None or b is None else Adapter(a, b, scaling)
+
+
+def spans(rows: list[int]) -> list[tuple[int, slice]]:
+    """(group, its rows) of every group that has rows."""
+    found, start = [], 0
     for group, count in enumerate(rows):
         if count:
-            spans.append((group, (start, start + count)))
+            found.append((group, slice(start, start + count)))
         start += count
-    return spans
+    return found
+
+
+def clear_idle(rows: list[int], gradients: Sequence[torch.Tensor]) -> None:
+    """Make the gradients [E, ...] zero where a group has no row."""
+    idle = [group for group, count in enumerate(rows) if not count]
+    for gradient in gradients if idle else ():
+        gradient[idle] = 0.0
 
 
 def grouped_linear(x: torch.Tensor, base: Base, adapter: Adapter | None, rows: list[int]) -> torch.Tensor:
@@ -124,6 +151,5 @@ def grouped_linear(x: torch.Tensor, base: Base, adapter: Adapter | None, rows: l
     Returns: [T, N]. Gradients reach x, a floating-point base that requires them, and both adapter matrices (zeros where
     a group has no row).
     """
-    if adapter is None:
-        return _GroupedLinear.apply(x, base.weight, base.scale, None, None, 1.0, rows)
-    return _GroupedLinear.apply(x, base.weight, base.scale, adapter.a, adapter.b, adapter.scaling, rows)
+    a, b, scaling = (None, None, 1.0) if adapter is None else (adapter.a, adapter.b, adapter.scaling)
+    return _GroupedLinear.apply(x, a, b, scaling, rows, base.format, *base.tensors)

@@ -1,8 +1,8 @@
-"""Linear layers over tensor-parallel ranks, with an int8 or frozen base and an optional LoRA adapter.
+"""Linear layers over tensor-parallel ranks, with a quantized or frozen base and an optional LoRA adapter.
 
 They take the place of Megatron's ColumnParallelLinear and RowParallelLinear in the layer spec. The attention weights of
-a quantized checkpoint stay int8 and are dequantized in forward and in backward, by the same function as the experts:
-it costs no code of its own and keeps the trainer's base on the engine's grid without a float copy.
+a quantized checkpoint stay as stored and are dequantized in forward and in backward, by the same function as the
+experts: it costs no code of its own and keeps the trainer's base on the engine's grid without a float copy.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import Parameter
 
-from qerl_rl.model.adapted import AdaptedModule, WeightFormat
-from qerl_rl.model.grouped_linear import Adapter, Base, grouped_linear
+from qerl_rl.model.adapted import AdaptedModule, LayerWeights
+from qerl_rl.model.base_weight import Base
+from qerl_rl.model.grouped_linear import Adapter, grouped_linear
 
 
 class _AdaptedLinear(AdaptedModule):
     """Base weight `weight` [N, K] of this rank, adapter `weight_lora_A` [r, K] and `weight_lora_B` [N, r]."""
 
-    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, weights: WeightFormat) -> None:
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, weights: LayerWeights) -> None:
         super().__init__(config, weights)
         self.add_weight("weight", (outputs, inputs))
         if self.lora is not None:
             self.add_adapter("weight", (self.lora.rank, inputs), (outputs, self.lora.rank))
 
     def _multiply(self, x: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
-        weight, scale = self.base("weight").weight, self.base("weight").scale
-        base = Base(weight.unsqueeze(0), None if scale is None else scale.unsqueeze(0))
+        own = self.base("weight")
+        base = Base(tuple(tensor.unsqueeze(0) for tensor in own.tensors), own.format)
         flat = x.reshape(-1, x.size(-1))
-        return grouped_linear(flat, base, adapter, [flat.size(0)]).view(*x.shape[:-1], weight.size(0))
+        return grouped_linear(flat, base, adapter, [flat.size(0)]).view(*x.shape[:-1], base.outputs)
 
 
 class ColumnLinear(_AdaptedLinear):
@@ -53,7 +54,7 @@ class ColumnLinear(_AdaptedLinear):
         *,
         config: TransformerConfig,
         bias: bool,
-        weights: WeightFormat,
+        weights: LayerWeights,
         skip_bias_add: bool = False,
         **ignored: Any,
     ) -> None:
@@ -94,7 +95,7 @@ class RowLinear(_AdaptedLinear):
         *,
         config: TransformerConfig,
         bias: bool,
-        weights: WeightFormat,
+        weights: LayerWeights,
         **ignored: Any,
     ) -> None:
         if bias:

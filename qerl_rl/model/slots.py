@@ -14,6 +14,7 @@ import torch
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.layout.blocks import Block, ParallelSizes
 from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.quant.formats import Part
 
 FIRST_STAGE = -1
 """The `layer` of what lies before the layers; `architecture.layers` is the one of what follows them."""
@@ -47,13 +48,16 @@ class Slot:
     optional: bool = False
     """A checkpoint may lack it; the tensor then keeps its first value."""
 
-    def scales(self) -> Slot:
-        """The slot of a quantized weight's scales: one number for each row."""
+    def part(self, part: Part) -> Slot:
+        """The slot of one part of this weight's format; its pieces keep the names of the weights.
+
+        Raises: ValueError when rows can't be cut into the part.
+        """
         columns = len(self.block.shape) - 1
-        split_dim = None if self.block.split_dim == columns else self.block.split_dim
-        block = replace(self.block, shape=(*self.block.shape[:-1], 1), split_dim=split_dim)
-        pieces = tuple(replace(p, name=f"{p.name}_scale", shape=(*p.shape[:-1], 1)) for p in self.pieces)
-        return replace(self, name=f"{self.name}_scale", block=block, pieces=pieces)
+        split_dim = None if part.columns == 0 and self.block.split_dim == columns else self.block.split_dim
+        block = replace(self.block, shape=part.shape(self.block.shape), split_dim=split_dim)
+        pieces = tuple(replace(piece, shape=part.shape(piece.shape)) for piece in self.pieces)
+        return replace(self, name=self.name + part.suffix, block=block, pieces=pieces)
 
     def stage(self, layers: int, sizes: ParallelSizes) -> int:
         """The pipeline stage that holds it."""
@@ -219,6 +223,8 @@ def adapter_slots(architecture: MoeArchitecture, lora: LoraConfig) -> list[Slot]
             slots += _attention_adapters(architecture, layer, lora.rank)
         if lora.experts:
             slots += _expert_adapters(architecture, layer, lora.rank)
+        if lora.shared_experts and architecture.shared_expert_width:
+            slots += _shared_expert_adapters(architecture, layer, lora.rank)
     return slots
 
 
@@ -240,6 +246,19 @@ def _attention_adapters(architecture: MoeArchitecture, layer: int, rank: int) ->
             (Piece(f"{prefix}o_proj.lora_A", (rank, query)),),
         ),
         _whole(layer, f"{megatron}proj.weight_lora_B", f"{prefix}o_proj.lora_B", architecture, hidden, rank),
+    ]
+
+
+def _shared_expert_adapters(architecture: MoeArchitecture, layer: int, rank: int) -> list[Slot]:
+    prefix, megatron = f"model.layers.{layer}.mlp.shared_expert.", "mlp.shared_experts.linear_"
+    width, hidden = architecture.shared_expert_width, architecture.hidden_size
+    gate_up_b = Piece(f"{prefix}gate_up_proj.lora_B", (2 * width, rank))
+    down_a = Piece(f"{prefix}down_proj.lora_A", (rank, width))
+    return [
+        _whole(layer, f"{megatron}fc1.weight_lora_A", f"{prefix}gate_up_proj.lora_A", architecture, rank, hidden),
+        Slot(layer, f"{megatron}fc1.weight_lora_B", Block((2, width, rank), 1), (gate_up_b,)),
+        Slot(layer, f"{megatron}fc2.weight_lora_A", Block((rank, width), 1), (down_a,)),
+        _whole(layer, f"{megatron}fc2.weight_lora_B", f"{prefix}down_proj.lora_B", architecture, hidden, rank),
     ]
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qerl_rl.config.errors import ConfigError
-from qerl_rl.quant.formats import Format
+from qerl_rl.quant.formats import Format, Part
 from qerl_rl.quant.modelslim import ModelSlimFormats
 from qerl_rl.quant.stored import StoredFormats
 
@@ -35,6 +35,8 @@ class CheckpointReader:
             raise ConfigError(
                 f"model folder {self.path} does not exist.", fix="give the path of a HF checkpoint folder"
             )
+        self.bytes_read = 0
+        """Of tensors, by `get` and what calls it."""
         self._open: dict[str, Any] = {}
         self._formats: StoredFormats | ModelSlimFormats | None = None
         self._file_of: dict[str, str] = {}
@@ -78,9 +80,15 @@ class CheckpointReader:
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
-    def get(self, name: str) -> torch.Tensor:
-        """The tensor as stored (dtype and shape); KeyError when there is none of this name."""
-        return self._handle(self._file_of[name]).get_tensor(name)
+    def get(self, name: str, *index: slice) -> torch.Tensor:
+        """The tensor as stored, or what `index` leaves of its dimensions: nothing else is read.
+
+        Raises: KeyError when there is none of this name.
+        """
+        handle = self._handle(self._file_of[name])
+        tensor = handle.get_slice(name)[index] if index else handle.get_tensor(name)
+        self.bytes_read += tensor.nbytes
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
@@ -131,10 +139,35 @@ class CheckpointReader:
         suffix = self._description().suffix
         return format.loaded({part.suffix: self.get(name + suffix(part.suffix)) for part in format.parts})
 
+    def part(self, name: str, part: Part, *index: slice) -> torch.Tensor:
+        """One of the `parts` of X.weight, or what `index` leaves of its dimensions; nothing else is read where the part
+        lies in the checkpoint as it does in memory."""
+        format = self.format_of(name)
+        if format is None:
+            raise KeyError(name)
+        suffix = self._description().suffix
+        if self.shape(name + suffix(part.suffix)) == part.shape(self.weight_shape(name)):
+            return self.get(name + suffix(part.suffix), *index).to(part.dtype)
+        stored = {
+            other.suffix: self.get(name + suffix(other.suffix))
+            if other == part
+            else torch.empty(self.shape(name + suffix(other.suffix)), device="meta")
+            for other in format.parts
+        }
+        return format.loaded(stored)[part.suffix][index]
+
     def weight(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight `name` as floats, dequantized where it is quantized."""
         format = self.format_of(name)
         return self.get(name).to(dtype) if format is None else format.dequantize(self.parts(name), dtype)
+
+    def weight_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the weight `name`, whatever its parts are, without reading it; KeyError when there is none."""
+        format = self.format_of(name)
+        if format is None:
+            return self.shape(name)
+        *rows, elements = self.shape(name + self._description().suffix(format.parts[0].suffix))
+        return (*rows, elements * format.parts[0].columns)
 
     def weights(self) -> list[str]:
         """Names of all weights as an unquantized checkpoint would have them, sorted; parts are not among them."""

@@ -66,7 +66,13 @@ class AdapterSet:
             if lora.attention and path.endswith("self_attn.qkv_proj"):
                 self._attach_linear(module, _qkv_adapter(module, f"{prefix}.self_attn.qkv_proj", lora.rank))
             elif lora.attention and path.endswith("self_attn.o_proj"):
-                self._attach_linear(module, _output_adapter(module, f"{prefix}.self_attn.o_proj", lora.rank))
+                self._attach_linear(module, _row_adapter(module, f"{prefix}.self_attn.o_proj", lora.rank))
+            elif lora.shared_experts and path.endswith("mlp.shared_expert.gate_up_proj"):
+                name = f"{prefix}.mlp.shared_expert.gate_up_proj"
+                self._attach_linear(module, _gate_up_adapter(module, name, lora.rank))
+            elif lora.shared_experts and path.endswith("mlp.shared_expert.down_proj"):
+                name = f"{prefix}.mlp.shared_expert.down_proj"
+                self._attach_linear(module, _row_adapter(module, name, lora.rank))
             elif lora.experts and path.endswith("experts.routed_experts"):
                 gate_up, down = _expert_adapters(module, f"{prefix}.mlp.experts", lora.rank)
                 attach_expert_path(module, gate_up.a, gate_up.b, down.a, down.b)
@@ -125,8 +131,16 @@ def _qkv_adapter(layer: Any, name: str, rank: int) -> Adapter:
     return Adapter(name, torch.zeros(rank, layer.input_size), torch.zeros(len(outputs), rank), outputs=outputs)
 
 
-def _output_adapter(layer: Any, name: str, rank: int) -> Adapter:
-    """Row parallel: the columns of A of this rank's heads; the layer sums the ranks' partial outputs."""
+def _gate_up_adapter(layer: Any, name: str, rank: int) -> Adapter:
+    """Column parallel: all of A, and of B the rows of this rank's part of gate and of up."""
+    width = layer.output_size_per_partition // 2
+    part = torch.arange(layer.tp_rank * width, (layer.tp_rank + 1) * width)
+    outputs = torch.cat([part, layer.output_size // 2 + part])
+    return Adapter(name, torch.zeros(rank, layer.input_size), torch.zeros(2 * width, rank), outputs=outputs)
+
+
+def _row_adapter(layer: Any, name: str, rank: int) -> Adapter:
+    """Row parallel: the columns of A of this rank's inputs; the layer, or what follows it, sums partial outputs."""
     width = layer.input_size_per_partition
     inputs = torch.arange(layer.tp_rank * width, (layer.tp_rank + 1) * width)
     return Adapter(name, torch.zeros(rank, width), torch.zeros(layer.output_size, rank), inputs=inputs)

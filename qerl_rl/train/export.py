@@ -80,7 +80,7 @@ def write_adapters(
 def unfused(adapters: Mapping[str, torch.Tensor], architecture: MoeArchitecture) -> Iterator[tuple[str, torch.Tensor]]:
     """(HF module + .lora_A or .lora_B, tensor) of every Linear: A [r, inputs], B [outputs, r].
 
-    q, k and v share their A, as do gate and up of an expert: each gets a copy.
+    q, k and v share their A, as do gate and up: each gets a copy.
     """
     gate, up, down = architecture.expert_weight_names
     rows = {"q": architecture.query_size, "k": architecture.key_value_size, "v": architecture.key_value_size}
@@ -90,7 +90,12 @@ def unfused(adapters: Mapping[str, torch.Tensor], architecture: MoeArchitecture)
         if kind == "qkv_proj":
             parts = [tensor.clone() for _ in rows] if matrix == "lora_A" else tensor.split(list(rows.values()))
             yield from ((f"{parent}.{key}_proj.{matrix}", part) for key, part in zip(rows, parts, strict=True))
-        elif kind == "o_proj":
+        elif kind == "gate_up_proj":
+            parts = [tensor.clone(), tensor.clone()] if matrix == "lora_A" else tensor.chunk(2)
+            yield from (
+                (f"{parent}.{key}_proj.{matrix}", part) for key, part in zip(("gate", "up"), parts, strict=True)
+            )
+        elif kind in ("o_proj", "down_proj"):
             yield name, tensor
         else:
             parent = parent.replace(".mlp.", f".{architecture.mlp_name}.")
@@ -107,6 +112,7 @@ def peft_config(lora: LoraConfig, architecture: MoeArchitecture, base: str) -> d
     """PEFT's adapter_config.json."""
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"] if lora.attention else []
     experts = [f"experts.{e}.{name}" for e in range(architecture.experts) for name in architecture.expert_weight_names]
+    shared = [f"shared_expert.{name}_proj" for name in ("gate", "up", "down")]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -117,5 +123,9 @@ def peft_config(lora: LoraConfig, architecture: MoeArchitecture, base: str) -> d
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": [*attention, *(experts if lora.experts else [])],
+        "target_modules": [
+            *attention,
+            *(experts if lora.experts else []),
+            *(shared if lora.shared_experts and architecture.shared_expert_width else []),
+        ],
     }

@@ -22,24 +22,24 @@ class ExportError(RuntimeError):
 def check_merged(folder: Path, source: Path) -> None:
     """Compare the safetensors in `folder` with the model folder `source`: the same names and shapes, all bfloat16.
 
-    What only quantization added to the source (X_scale beside X) is not expected, nor is what transformers would not
-    load either: the output layer of a model with tied embeddings, rotary frequencies.
+    Quantized weights count as the one tensor they stand for. What transformers would not load either is not expected:
+    the output layer of a model with tied embeddings, rotary frequencies.
     Raises: ExportError.
     """
     with CheckpointReader(source) as original, CheckpointReader(folder) as written:
         tied = read_config(source).get("tie_word_embeddings", False)
-        expected = {name for name in original if _is_weight(name, original, tied)}
+        expected = {name for name in original.weights() if _is_weight(name, tied)}
         _same_names(expected, set(written), folder)
         for name in sorted(expected):
-            if written.shape(name) != original.shape(name):
-                raise ExportError(f"{name} in {folder} has shape {written.shape(name)}, not {original.shape(name)}")
+            found, needed = written.shape(name), original.weight_shape(name)
+            if found != needed:
+                raise ExportError(f"{name} in {folder} has shape {found}, not {needed}")
             if written.dtype(name) != EXPORTED_DTYPE:
                 raise ExportError(f"{name} in {folder} is {written.dtype(name)}, not {EXPORTED_DTYPE}")
 
 
-def _is_weight(name: str, original: CheckpointReader, tied: bool) -> bool:
-    is_scale = name.endswith("_scale") and name.removesuffix("_scale") in original
-    return not (is_scale or _RECOMPUTED.search(name) or (tied and name == "lm_head.weight"))
+def _is_weight(name: str, tied: bool) -> bool:
+    return not (_RECOMPUTED.search(name) or (tied and name == "lm_head.weight"))
 
 
 def _same_names(expected: set[str], found: set[str], folder: Path) -> None:
@@ -56,14 +56,15 @@ def check_adapters(tensors: Mapping[str, torch.Tensor], source: Path, rank: int)
     Raises: ExportError with the first name that has no partner, no weight, or another shape than it needs.
     """
     with CheckpointReader(source) as original:
+        weights = set(original.weights())
         for name in sorted(tensors):
             module, _, matrix = name.rpartition(".")
             weight, partner = f"{module}.weight", f"{module}.{'lora_B' if matrix == 'lora_A' else 'lora_A'}"
-            if weight not in original:
+            if weight not in weights:
                 raise ExportError(f"adapter {name} belongs to no tensor: {source} has no {weight}")
             if partner not in tensors:
                 raise ExportError(f"adapter {name} has no {partner}")
-            outputs, inputs = original.shape(weight)
+            outputs, inputs = original.weight_shape(weight)
             needed = (rank, inputs) if matrix == "lora_A" else (outputs, rank)
             if tuple(tensors[name].shape) != needed:
                 raise ExportError(f"adapter {name} has shape {tuple(tensors[name].shape)}, not {needed}")

@@ -169,6 +169,7 @@ class LearningEngine(ModelEngine):
 
     def _layout(self) -> dict[str, Any]:
         train, lora = self.config.train, self.config.lora
+        has_shared_experts = self.architecture.shared_expert_width > 0
         return {
             "ranks": dist.get_world_size(),
             **{f"train.{name}": getattr(train, name) for name in PARALLEL_SIZES},
@@ -176,4 +177,5 @@ class LearningEngine(ModelEngine):
             "lora.rank": lora.rank,
             "lora.attention": lora.attention,
             "lora.experts": lora.experts,
+            **({"lora.shared_experts": lora.shared_experts} if has_shared_experts else {}),
         }

@@ -10,6 +10,7 @@ import torch
 
 from qerl_rl.config.schema import Config
 from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.model.formats import stored_formats
 from qerl_rl.platform import detect, prepare_megatron
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.train.exchange import largest_over
@@ -48,10 +49,10 @@ class ModelEngine:
         self.architecture = MoeArchitecture.from_folder(config.model.path)
         lora = config.lora if config.lora.rank > 0 else None
         self.has_adapters = lora is not None
-        quantized = config.quant.format == "w8a8"
-        self.model = build_model(self.architecture, config.train, lora, quantized, head=head, seed=config.run.seed)
-        """The GPTModel of this rank."""
         with CheckpointReader(config.model.path) as reader:
+            formats = stored_formats(reader, self.architecture)
+            self.model = build_model(self.architecture, config.train, lora, formats, head=head, seed=config.run.seed)
+            """The GPTModel of this rank."""
             load_hf(self.model, reader, self.architecture)
         self._offloader = Offloader(store or SpillFile())
 

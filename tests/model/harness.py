@@ -41,13 +41,13 @@ class Loaded:
 
 
 def load(folder: Path, train: TrainConfig, lora: LoraConfig | None = None) -> Loaded:
-    """The model of this rank with the weights of `folder`; its format decides whether the base is int8."""
+    """The model of this rank with the weights of `folder`, stored as they are there."""
     from qerl_rl.model.build import build_model
+    from qerl_rl.model.formats import stored_formats
     from qerl_rl.model.weight_map import load_hf
 
     architecture, reader = MoeArchitecture.from_folder(folder), CheckpointReader(folder)
-    quantized = any(reader.is_quantized(name) for name in reader)
-    model = build_model(architecture, train, lora, quantized)
+    model = build_model(architecture, train, lora, stored_formats(reader, architecture))
     load_hf(model, reader, architecture)
     return Loaded(architecture, model, reader)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qerl_rl.config.schema import LoraConfig, TrainConfig
-from qerl_rl.quant.checkpoint import ShardWriter
+from qerl_rl.quant.checkpoint import CheckpointReader, ShardWriter
 from tests.model import harness
 from tests.ranks import RankPool
 
@@ -55,6 +55,16 @@ def export(loaded: harness.Loaded, source: Path, folder: Path, *, merge_adapters
         writer.add(name, tensor.clone())
     writer.finish()
     shutil.copy(source / "config.json", folder / "config.json")
+
+
+def dequantize(reader: CheckpointReader, source: Path, folder: Path) -> Path:
+    """Write the weights that a quantized checkpoint stands for, in float32; `source`: its unquantized twin."""
+    writer = ShardWriter(folder)
+    for name in reader.weights():
+        writer.add(name, reader.weight(name))
+    writer.finish()
+    shutil.copy(source / "config.json", folder / "config.json")
+    return folder
 
 
 @torch.no_grad()
@@ -108,6 +118,8 @@ def _quantized_with_adapters(folder: Path, float_folder: Path, scratch: Path) ->
     arguments = harness.packed(tokens)
     found: dict[str, Any] = {}
     with torch.no_grad():
+        dequantized = hf_model(dequantize(plain.reader, float_folder, scratch / "dequantized"))
+        found["dequantized"] = hf_logits(dequantized, tokens).numpy()
         found["base"] = plain.model(**arguments)[0].numpy()
         found["fresh"] = loaded.model(**arguments)[0].numpy()
         harness.set_random_adapters(loaded)
@@ -133,27 +145,52 @@ def _adapter_gradients(merged: Any, adapters: dict[str, torch.Tensor], scaling: 
     expected = {}
     for name in [name.removesuffix("lora_A") for name in adapters if name.endswith("lora_A")]:
         layer = merged.model.layers[int(name.split(".")[2])]
-        attention, experts = layer.self_attn, layer.mlp.experts
+        attention, experts, shared = layer.self_attn, layer.mlp.experts, getattr(layer.mlp, "shared_expert", None)
         gradient = {
             "self_attn.qkv_proj": lambda a=attention: torch.cat([getattr(a, f"{x}_proj").weight.grad for x in "qkv"]),
             "self_attn.o_proj": lambda a=attention: a.o_proj.weight.grad,
             "mlp.experts.w13": lambda e=experts: e.gate_up_proj.grad,
             "mlp.experts.w2": lambda e=experts: e.down_proj.grad,
+            "mlp.shared_expert.gate_up_proj": lambda s=shared: torch.cat(
+                [s.gate_proj.weight.grad, s.up_proj.weight.grad]
+            ),
+            "mlp.shared_expert.down_proj": lambda s=shared: s.down_proj.weight.grad,
         }[name.split(".", 3)[3].rstrip(".")]()
         expected[f"{name}lora_A"] = (scaling * adapters[f"{name}lora_B"].mT @ gradient).numpy()
         expected[f"{name}lora_B"] = (scaling * gradient @ adapters[f"{name}lora_A"].mT).numpy()
     return expected
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "qwen2_moe", "mixtral"])
+STORED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "W8A8": ("qwen3_moe", "w8a8", {}),
+    "W8A8, shared experts": ("qwen2_moe", "w8a8", {}),
+    "W8A8, Mixtral": ("mixtral", "w8a8", {}),
+    "W4A16": ("qwen3_moe", "w4a16", {"group_size": 32}),
+    "W4A16, scales of rows": ("mixtral", "w4a16", {"group_size": -1}),
+    "W4A8": ("mixtral", "w4a8", {"group_size": 64}),
+    "NVFP4": ("qwen2_moe", "nvfp4", {}),
+    "MXFP4": ("qwen3_moe", "mxfp4", {}),
+    "MXFP8": ("qwen2_moe", "mxfp8", {}),
+    "W4A16 experts, the rest W8A8, one layer bf16": (
+        "qwen2_moe",
+        "w4a16",
+        {"group_size": 32, "attention": "w8a8", "keep_layers": (0,)},
+    ),
+}
+"""Family, format of the experts, and other options of quantize_checkpoint."""
+
+
+@pytest.fixture(scope="module", params=STORED)
 def adapted(
     request: pytest.FixtureRequest,
     tiny_checkpoint: Callable[..., Path],
-    tiny_w8a8: Callable[..., Path],
+    tiny_quantized: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
     one_rank: RankPool,
 ) -> dict[str, Any]:
-    folders = tiny_w8a8(request.param, layers=2), tiny_checkpoint(request.param, layers=2)
+    family, format, options = STORED[request.param]
+    source = tiny_checkpoint(family, layers=2)
+    folders = tiny_quantized(source, format, **options), source
     return one_rank(_quantized_with_adapters, *folders, tmp_path_factory.mktemp("merged"))[0]
 
 
@@ -162,6 +199,11 @@ def test_fresh_and_disabled_adapters_give_the_base_bit_for_bit(adapted: dict[str
     np.testing.assert_array_equal(adapted["disabled"], adapted["base"])
     np.testing.assert_array_equal(adapted["adapted again"], adapted["adapted"])
     assert abs(adapted["adapted"] - adapted["base"]).max() > 0.1
+
+
+def test_quantized_base_equals_transformers_on_the_dequantized_weights(adapted: dict[str, Any]) -> None:
+    assert _cosines(adapted["base"], adapted["dequantized"]).min() >= 0.9999
+    np.testing.assert_allclose(adapted["base"], adapted["dequantized"], atol=1e-4)
 
 
 def test_merged_export_in_transformers_equals_base_plus_adapters(adapted: dict[str, Any]) -> None:

@@ -15,9 +15,10 @@ from tests.model.test_hf_parity import hf_logits, hf_model
 from tests.ranks import RankPool
 
 ADAPTERS = {
-    "attention and experts": LoraConfig(rank=4),
-    "attention": LoraConfig(rank=4, experts=False),
-    "experts": LoraConfig(rank=4, attention=False),
+    "all": LoraConfig(rank=4),
+    "attention": LoraConfig(rank=4, experts=False, shared_experts=False),
+    "experts": LoraConfig(rank=4, attention=False, shared_experts=False),
+    "shared experts": LoraConfig(rank=4, attention=False, experts=False),
 }
 RECOMPUTE = ("none", "full", "selective")
 

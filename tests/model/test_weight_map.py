@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import LoraConfig, TrainConfig
+from qerl_rl.quant.formats import get_format
 from tests.model import harness
 from tests.ranks import RankPool
 
@@ -124,7 +125,9 @@ def _problems(folders: dict[str, Path]) -> dict[str, str]:
         from qerl_rl.quant.checkpoint import CheckpointReader
 
         architecture = MoeArchitecture.from_folder(folder)
-        model = build_model(architecture, TrainConfig(), None, quantized=name == "not quantized")
+        layers, weights = range(architecture.layers), ("mlp.experts.w13", "mlp.experts.w2")
+        formats = {(layer, weight): get_format("w8a8") for layer in layers for weight in weights}
+        model = build_model(architecture, TrainConfig(), None, formats if name == "not quantized" else {})
         try:
             load_hf(model, CheckpointReader(folder), architecture)
         except ConfigError as error:
@@ -158,6 +161,6 @@ def test_checkpoint_that_does_not_fit_is_refused_by_name(
     )[0]
     assert f"has no {name}" in problems["missing"]
     assert f"{name} has shape (3, 5)" in problems["shape"]
-    assert "stored as torch.int8" in problems["quantized"]
+    assert "stored as w8a8" in problems["quantized"]
     assert "quant.format to w8a8" in problems["quantized"]
     assert "quant.format to none" in problems["not quantized"]

@@ -89,6 +89,9 @@ def random_adapters(folder: Path, seed: int, deviation: float = 0.1, rank: int =
             f"{prefix}.mlp.experts.w13": ((experts, rank, hidden), (experts, 2 * width, rank)),
             f"{prefix}.mlp.experts.w2": ((experts, rank, width), (experts, hidden, rank)),
         }
+        if shared := config.get("shared_expert_intermediate_size"):
+            shapes[f"{prefix}.mlp.shared_expert.gate_up_proj"] = ((rank, hidden), (2 * shared, rank))
+            shapes[f"{prefix}.mlp.shared_expert.down_proj"] = ((rank, shared), (hidden, rank))
         for name, (a, b) in shapes.items():
             tensors[f"{name}.lora_A"] = deviation * torch.randn(a, generator=generator)
             tensors[f"{name}.lora_B"] = deviation * torch.randn(b, generator=generator)
@@ -122,8 +125,11 @@ def _weight(reader: CheckpointReader, name: str) -> torch.Tensor:
 def _unfused(name: str, delta: torch.Tensor, config: Any) -> list[tuple[str, torch.Tensor]]:
     """The change of a fused module's weight, as changes of the checkpoint's tensors."""
     layer, _, module = name.partition(".self_attn.")
-    if module == "o_proj":
+    if module == "o_proj" or name.endswith("shared_expert.down_proj"):
         return [(f"{name}.weight", delta)]
+    if name.endswith("shared_expert.gate_up_proj"):
+        place = name.removesuffix("gate_up_proj")
+        return [(f"{place}{kind}_proj.weight", half) for kind, half in zip(("gate", "up"), delta.chunk(2), strict=True)]
     if module == "qkv_proj":
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         sizes = [config.num_attention_heads * head_dim, *2 * [config.num_key_value_heads * head_dim]]

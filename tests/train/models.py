@@ -30,7 +30,7 @@ VOCABULARY = 90
 
 
 def make_checkpoints(folder: Path) -> dict[str, str]:
-    """A random Qwen3-MoE in float32 and its W8A8 twin, in folders of `folder`; their paths by quant.format."""
+    """A random Qwen3-MoE in float32 and quantized twins, in folders of `folder`; their paths by quant.format."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(11)
@@ -54,7 +54,9 @@ def make_checkpoints(folder: Path) -> dict[str, str]:
     )
     Qwen3MoeForCausalLM(config).float().save_pretrained(folder / "full")
     quantize_checkpoint(folder / "full", folder / "w8a8", "w8a8")
-    return {"none": str(folder / "full"), "w8a8": str(folder / "w8a8")}
+    quantize_checkpoint(folder / "full", folder / "w4a16", "w4a16", group_size=-1)
+    quantize_checkpoint(folder / "full", folder / "nvfp4", "nvfp4")
+    return {"none": str(folder / "full")} | {name: str(folder / name) for name in ("w8a8", "w4a16", "nvfp4")}
 
 
 def make_config(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qerl_rl.config.schema import LoraConfig
 from qerl_rl.model.architecture import MoeArchitecture
-from qerl_rl.train.export import unfused
+from qerl_rl.train.export import peft_config, unfused
 from tests.train.models import make_config, make_samples, policy_gradient, share, start_engine
 
 LAYOUTS = {
@@ -138,3 +139,24 @@ def test_mixtral_adapters_get_mixtral_names(checkpoints):
         f"model.layers.1.block_sparse_moe.experts.{e}.{n}.lora_B" for e in range(8) for n in ("w1", "w3")
     }
     assert torch.equal(found["model.layers.1.block_sparse_moe.experts.5.w3.lora_B"], w13[5, 48:])
+
+
+def test_shared_experts_adapters_change_gate_up_and_down_as_the_fused_ones_do(checkpoints):
+    architecture = MoeArchitecture.from_folder(checkpoints["none"])
+    architecture = dataclasses.replace(architecture, family="qwen2_moe", shared_expert_width=12)
+    place, generator = "model.layers.0.mlp.shared_expert", torch.Generator().manual_seed(1)
+    shapes = {"gate_up_proj": ((4, 64), (24, 4)), "down_proj": ((4, 12), (64, 4))}
+    fused = {
+        f"{place}.{module}.lora_{matrix}": torch.randn(shape, generator=generator)
+        for module, pair in shapes.items()
+        for matrix, shape in zip("AB", pair, strict=True)
+    }
+    found = dict(unfused(fused, architecture))
+    change = {name: found[f"{name}.lora_B"] @ found[f"{name}.lora_A"] for name in {n.rpartition(".")[0] for n in found}}
+    gate_up = fused[f"{place}.gate_up_proj.lora_B"] @ fused[f"{place}.gate_up_proj.lora_A"]
+    assert torch.equal(torch.cat([change[f"{place}.gate_proj"], change[f"{place}.up_proj"]]), gate_up)
+    assert change.keys() == {f"{place}.{name}_proj" for name in ("gate", "up", "down")}
+    targets = peft_config(LoraConfig(), architecture, "base")["target_modules"]
+    assert all(name.endswith(tuple(targets)) for name in change)
+    without = peft_config(LoraConfig(shared_experts=False), architecture, "base")["target_modules"]
+    assert not any(name.endswith(tuple(without)) for name in change)

@@ -38,9 +38,9 @@ def transpose(tensors):
         (transpose, r"o_proj\.weight .* has shape \(32, 128\), not \(64, 64\)"),
     ],
 )
-@pytest.mark.parametrize("quant", ["none", "w8a8"])
+@pytest.mark.parametrize("quant", ["none", "w8a8", "w4a16", "nvfp4"])
 def test_a_merged_export_must_have_the_tensors_of_its_source(checkpoints, tmp_path, quant, damage, message):
-    # What a merge gives has the names of the model before quantization, whichever of the two was trained.
+    # What a merge gives has the names of the model before quantization, whichever of them was trained.
     tensors = source_weights(checkpoints["none"])
     write_merged(tmp_path / "good", Path(checkpoints[quant]), tensors.items())
     assert json.loads((tmp_path / "good" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -73,8 +73,9 @@ def adapters() -> dict[str, torch.Tensor]:
     return {f"{module}.lora_A": torch.ones(4, 48), f"{module}.lora_B": torch.ones(64, 4)}
 
 
-def test_adapters_must_fit_a_weight_of_the_source(checkpoints):
-    source = Path(checkpoints["w8a8"])
+@pytest.mark.parametrize("quant", ["w8a8", "w4a16", "nvfp4"])
+def test_adapters_must_fit_a_weight_of_the_source(checkpoints, quant):
+    source = Path(checkpoints[quant])
     check_adapters(adapters(), source, rank=4)
     (a, matrix_a), (b, matrix_b) = adapters().items()
     for tensors, message in (

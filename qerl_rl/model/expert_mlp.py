@@ -1,0 +1,102 @@
+"""Frozen experts with adapters, forward and backward, one expert after the other.
+
+What an expert's tokens pass through stays in the cache until it is the next one's turn; an expert's weights become
+floats just before a product needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from qerl_rl.model.base_weight import Base
+from qerl_rl.model.grouped_linear import Adapter, GroupProduct, adapter_of, clear_idle, spans
+from qerl_rl.model.swiglu import weighted_swiglu, weighted_swiglu_backward
+from qerl_rl.quant.formats import Format
+
+
+class _ExpertMlp(torch.autograd.Function):
+    """Keeps the inputs, the first matrix's outputs and the products with A, but no weights as floats."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        probabilities: torch.Tensor,
+        a13: torch.Tensor | None,
+        b13: torch.Tensor | None,
+        a2: torch.Tensor | None,
+        b2: torch.Tensor | None,
+        scaling: float,
+        rows: list[int],
+        formats: tuple[Format | None, Format | None],
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        first, second = _products(tensors, formats, (a13, b13, a2, b2), scaling, x.dtype)
+        hidden, y = x.new_empty(x.size(0), first.outputs), torch.empty_like(x)
+        downs = x.new_empty(2, x.size(0), first.rank)
+        for group, span in spans(rows):
+            first.forward(x[span], group, hidden[span], downs[0, span])
+            second.forward(weighted_swiglu(hidden[span], probabilities[span]), group, y[span], downs[1, span])
+        ctx.save_for_backward(x, probabilities, hidden, downs, a13, b13, a2, b2, *tensors)
+        ctx.scaling, ctx.rows, ctx.formats = scaling, rows, formats
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
+        x, probabilities, hidden, downs, *rest = ctx.saved_tensors
+        matrices, tensors, grad_y = rest[:4], rest[4:], grad_y.contiguous()
+        first, second = _products(tensors, ctx.formats, matrices, ctx.scaling, x.dtype)
+        grad_x, grad_probabilities = torch.empty_like(x), torch.empty_like(probabilities)
+        of_adapters = [torch.empty_like(matrix) for matrix in matrices if matrix is not None]
+        for group, span in spans(ctx.rows):
+            pre, own = hidden[span], probabilities[span]
+            grad_output, grad_down = second.grad_inputs(grad_y[span], group)
+            grad_pre, grad_probabilities[span], output = weighted_swiglu_backward(grad_output, pre, own)
+            second.grad_adapter(grad_y[span], output, downs[1, span], grad_down, group, of_adapters[2:])
+            _, grad_down = first.grad_inputs(grad_pre, group, out=grad_x[span])
+            first.grad_adapter(grad_pre, x[span], downs[0, span], grad_down, group, of_adapters[:2])
+        clear_idle(ctx.rows, of_adapters)
+        return grad_x, grad_probabilities, *(of_adapters or [None] * 4), *[None] * (3 + len(tensors))
+
+
+def _products(
+    tensors: Sequence[torch.Tensor],
+    formats: tuple[Format | None, Format | None],
+    matrices: Sequence[torch.Tensor | None],
+    scaling: float,
+    dtype: torch.dtype,
+) -> tuple[GroupProduct, GroupProduct]:
+    count = len(formats[0].parts) if formats[0] else 1
+    first, second = Base(tuple(tensors[:count]), formats[0]), Base(tuple(tensors[count:]), formats[1])
+    a13, b13, a2, b2 = matrices
+    return (
+        GroupProduct(first, adapter_of(a13, b13, scaling), dtype),
+        GroupProduct(second, adapter_of(a2, b2, scaling), dtype),
+    )
+
+
+def expert_mlp(
+    x: torch.Tensor,
+    probabilities: torch.Tensor,
+    rows: list[int],
+    bases: tuple[Base, Base],
+    adapters: tuple[Adapter | None, Adapter | None],
+) -> torch.Tensor:
+    """W2 (silu(gate) * up * probability) with [gate; up] = W13 x of each group's own rows; both W with an adapter, or
+    neither.
+
+    Args: x [T, H]; probabilities [T] float32; rows: of x for each group, zeros allowed; bases: W13 [E, 2I, H] and
+    W2 [E, H, I], which get no gradient.
+    Returns: [T, H]. Gradients reach x, probabilities and the adapters (zeros where a group has no row).
+    """
+    first, second = bases
+    matrices = [matrix for adapter in adapters for matrix in ((adapter.a, adapter.b) if adapter else (None, None))]
+    scaling = 1.0 if adapters[0] is None else adapters[0].scaling
+    return _ExpertMlp.apply(
+        x, probabilities, *matrices, scaling, rows, (first.format, second.format), *first.tensors, *second.tensors
+    )
