@@ -1,4 +1,4 @@
-"""Quantized weights: how fast they are made, trained over and run. `python -m benchmarks.quantize` prints a row a figure.
+"""How fast quantized weights are made, trained over and run: `python -m benchmarks.quantize` prints a row a figure.
 
 Parts: packing (over compressed-tensors), trainer (quantized experts over frozen bfloat16 ones), engine (int8 and int4
 over bfloat16). Each runs in a process of its own, since each sets up torch its own way. Name some to run only those.

@@ -109,7 +109,7 @@ class CheckpointReader:
         """
         if not self.is_quantized(name):
             return None
-        described = self.described()
+        described = self._description()
         format = described.of_weight(name)
         stored = [name + described.suffix(part.suffix) for part in format.parts] if format else []
         missing = [part for part in stored if part not in self._file_of]
@@ -122,7 +122,7 @@ class CheckpointReader:
             )
         return format.with_scales(_FLOATS.get(self.dtype(f"{name}_scale"), torch.bfloat16))
 
-    def described(self) -> StoredFormats | ModelSlimFormats:
+    def _description(self) -> StoredFormats | ModelSlimFormats:
         """What the folder says of its formats. Raises: ConfigError for formats that have to be converted first."""
         if self._formats is None:
             if (self.path / ModelSlimFormats.file_name).exists():
@@ -136,7 +136,7 @@ class CheckpointReader:
         format = self.format_of(name)
         if format is None:
             raise KeyError(name)
-        suffix = self.described().suffix
+        suffix = self._description().suffix
         return format.loaded({part.suffix: self.get(name + suffix(part.suffix)) for part in format.parts})
 
     def part(self, name: str, part: Part, *index: slice) -> torch.Tensor:
@@ -205,7 +205,7 @@ def stored_format(path: str | Path) -> str:
     """
     with CheckpointReader(path) as reader:
         if (reader.path / "config.json").exists():
-            reader.described()
+            reader._description()
         quantized = [name.removesuffix("_scale") for name in reader if name.endswith(".weight_scale")]
         name = next((name for name in quantized if ".experts." in name), quantized[0] if quantized else None)
         format = reader.format_of(name) if name else None
