@@ -11,6 +11,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.quantize import Recipe, Written
@@ -78,13 +80,13 @@ def _modifiers(recipe: Recipe, method: str) -> list[Any]:
     groups = {"config_groups": described["config_groups"], "ignore": described["ignore"]}
     if method == "gptq":
         return [GPTQModifier(**groups)]
-    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
-    return (
-        [AWQModifier(**groups)]
-        if "config_groups" in AWQModifier.model_fields
-        else [AWQModifier(), QuantizationModifier(**groups)]
-    )
+    if not torch.accelerator.is_available():
+        # Its AWQ pins what it keeps, to bring it to a card faster; where there is none, torch refuses that.
+        IntermediatesCache.pin_memory = lambda *_: None
+    return [AWQModifier(), QuantizationModifier(**groups)]
 
 
 def _error(source: Path, quantized: CheckpointReader) -> float:

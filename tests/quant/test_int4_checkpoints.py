@@ -46,7 +46,8 @@ def expected(q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torc
 def checkpoint(folder: Path, tensors: dict[str, torch.Tensor], described: dict) -> Path:
     folder.mkdir()
     others = {"model.embed_tokens.weight": torch.ones(4, 8).half(), "model.layers.0.mlp.gate.weight": torch.ones(2, 8)}
-    save_file(others | {f"{NAME}{suffix}": tensor for suffix, tensor in tensors.items()}, folder / "model.safetensors")
+    module = {f"{NAME}{suffix}": tensor.contiguous() for suffix, tensor in tensors.items()}
+    save_file(others | module, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "quantization_config": described}))
     return folder
 
@@ -64,10 +65,10 @@ def gptq(folder: Path, symmetric: bool, version: int = 1, order: torch.Tensor | 
     q, zeros, scales = numbers(symmetric, least_zero=1)
     columns = torch.arange(COLUMNS, dtype=torch.int32)
     tensors = {
-        ".qweight": packed(q).T.contiguous(),
+        ".qweight": packed(q).T,
         # What lies in a file of the first version is one less.
-        ".qzeros": packed((zeros - (version == 1)).T),
-        ".scales": scales.T.contiguous(),
+        ".qzeros": packed((zeros - int(version == 1)).T),
+        ".scales": scales.T,
         ".g_idx": columns // GROUP if order is None else order,
     }
     described = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": symmetric, "desc_act": False}
