@@ -52,7 +52,8 @@ class Collector:
         """Add the rest of a sample, a vLLM CompletionOutput; True when it was the last of the group."""
         self.interrupt(index, sample)
         if self._no_experts is not None:
-            self.partials[index] = replace(self.partials[index], routed_experts=routed_experts_of(sample))
+            experts = routed_experts_of(sample, self._no_experts.dtype)
+            self.partials[index] = replace(self.partials[index], routed_experts=experts)
         self._reasons[index] = sample.finish_reason
         return self.is_complete
 

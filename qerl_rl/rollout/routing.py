@@ -123,8 +123,8 @@ def record_on_cpu(engine: Any) -> None:
     runner.execute_model = execute_model
 
 
-def routed_experts_of(sample: Any) -> np.ndarray:
-    """The rows of a finished sample, a vLLM CompletionOutput: uint8 or int16 [tokens, layers, top_k].
+def routed_experts_of(sample: Any, dtype: np.dtype) -> np.ndarray:
+    """The rows of a finished sample, a vLLM CompletionOutput, as `dtype` [tokens, layers, top_k].
 
     Raises: RuntimeError when there are none, or a token has an expert twice: nothing was recorded then (vLLM-Ascend
         returned zeros for some models, vllm-project/vllm-ascend#16314).
@@ -138,4 +138,4 @@ def routed_experts_of(sample: Any) -> np.ndarray:
             "the engine returned routed experts that it did not record (a token has one of them twice): "
             "set router_replay.mode to disabled, or use another version of vLLM"
         )
-    return experts if experts.dtype == np.uint8 else experts.astype(np.int16)
+    return experts.astype(dtype, copy=False)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from qerl_rl.make_model.random_model import MoeSizes, build_moe, randomize, save
 from qerl_rl.platform import detect, prepare_megatron
 from qerl_rl.rollout.collector import UNFINISHED
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest, Partial
+from qerl_rl.rollout.routing import routing_engine
 from qerl_rl.rollout.vllm_engine import VllmEngine
 from qerl_rl.train.engine import TrainEngine
 from qerl_rl.train.samples import Samples
@@ -43,9 +45,14 @@ Routed = list[tuple[np.ndarray, np.ndarray]]
 """Of each sample, prompt and response int [tokens], and the experts of all of them but the last."""
 
 
-def routing_engine(folder: Path, **rollout: Any) -> VllmEngine:
+_kept: list[VllmEngine] = []
+"""Where vLLM's engine is collected, it takes the process groups with it that the next one and Megatron are using."""
+
+
+def recording_engine(folder: Path, **rollout: Any) -> VllmEngine:
     # In float32 near-ties are too rare to tell two right answers apart.
-    return make_engine(folder, ATTENTION, record_routing=True, dtype="float32", **rollout)
+    _kept.append(make_engine(folder, ATTENTION, record_routing=True, dtype="float32", **rollout))
+    return _kept[-1]
 
 
 def flat(outputs: Sequence[GroupOutput], length: int | None = None) -> Routed:
@@ -124,7 +131,7 @@ def in_two_rollouts(engine: VllmEngine) -> dict[str, Any]:
 def recorded(folder: Path) -> dict[str, Any]:
     # Keys and values of 128 tokens in 4 layers, of 2 heads of 32 numbers, 4 bytes each.
     block = 128 * 4 * 2 * 2 * 32 * 4
-    engine = routing_engine(folder, kv_cache_bytes=8 * block)
+    engine = recording_engine(folder, kv_cache_bytes=8 * block)
     calls = [list(engine.generate([request(group, 3) for group in GROUPS])) for _ in range(2)]
     routed, count = preempted(engine)
     return {
@@ -149,6 +156,7 @@ def probability_gaps(folder: Path) -> dict[str, Any]:
     )
     trainer = TrainEngine(config)
     engine = VllmEngine(folder, config.rollout, config.lora, max_length=128, seed=0, record_routing=True)
+    _kept.append(engine)
     requests = [GroupRequest(group, request(group, length=40).prompt_tokens, 8, seed=group) for group in range(16)]
     outputs = list(engine.generate(requests))
     prompts = {own.group: own.prompt_tokens for own in requests}
@@ -165,10 +173,28 @@ def probability_gaps(folder: Path) -> dict[str, Any]:
     return found
 
 
+def asked_where_vllm_records() -> Any:
+    """The EngineArgs of an engine on another device than a CPU."""
+    from vllm import EngineArgs, LLMEngine
+    from vllm.platforms import current_platform
+
+    arguments = EngineArgs(model="model")
+    with (
+        mock.patch.object(type(current_platform), "is_cpu", return_value=False),
+        mock.patch.object(LLMEngine, "from_engine_args", lambda given: given),
+    ):
+        return dataclasses.asdict(routing_engine(arguments))
+
+
 def together(folder: Path, sparse: Path, dense: Path) -> dict[str, Any]:
     prepare_megatron(detect("cpu"))
     dist.init_process_group("gloo")
-    return {"sparse": probability_gaps(sparse), "dense": probability_gaps(dense), **recorded(folder)}
+    return {
+        "sparse": probability_gaps(sparse),
+        "dense": probability_gaps(dense),
+        **recorded(folder),
+        "asked": asked_where_vllm_records(),
+    }
 
 
 def save_checkpoint(folder: Path, *, equal_experts: bool) -> Path:
@@ -232,6 +258,11 @@ def assert_transformers_agrees(folder: Path, routed: Routed) -> None:
 @pytest.mark.parametrize("scene", ["cold", "cached", "preempted", "gone on", "beside one that was kept"])
 def test_one_rank_records_what_transformers_chooses(scene: str, seen: dict[str, Any], folder: Path) -> None:
     assert_transformers_agrees(folder, seen[scene])
+
+
+def test_other_devices_ask_vllm_itself(seen: dict[str, Any]) -> None:
+    assert seen["asked"]["enable_return_routed_experts"] is True
+    assert seen["asked"]["model"] == "model"
 
 
 def test_the_scenes_are_what_they_say(seen: dict[str, Any]) -> None:

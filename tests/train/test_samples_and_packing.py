@@ -1,5 +1,6 @@
 """Which samples go together, and where their response tokens lie in the packed sequence."""
 
+import dataclasses
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,32 @@ def test_a_pack_predicts_exactly_the_response_tokens(lengths, multiple, seed):
     assert tokens[pack.positions.numpy() + 1].tolist() == pack.targets.tolist()
     flat = [value for column in samples.columns["advantages"] for value in column.tolist()]
     assert pack.columns["advantages"].tolist() == flat
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 12), min_size=1, max_size=6), multiple=st.integers(1, 4), seed=st.integers(0, 99)
+)
+def test_a_pack_sends_each_token_to_its_own_experts_and_knows_which_have_none(lengths, multiple, seed):
+    random = np.random.default_rng(seed)
+    known = [int(random.integers(0, length + 1)) for length in lengths]
+    routed = [random.integers(0, 9, (rows, 3, 2)).astype(np.uint8) for rows in known]
+    samples = dataclasses.replace(make_samples(lengths, seed), routed_experts=routed)
+    chosen = random.permutation(len(lengths))[: max(1, len(lengths) - 1)].tolist()
+    pack = make_pack(samples, chosen, multiple, torch.device("cpu"))
+    covered = torch.zeros(pack.tokens.shape[1], dtype=torch.bool)
+    for start, index in zip(pack.cumulative_lengths.tolist(), chosen, strict=False):
+        covered[start : start + known[index]] = True
+        for layer in range(3):
+            experts, mask = pack.forced.of(layer, start, known[index])
+            assert experts.tolist() == routed[index][:, layer].tolist()
+            assert mask.all()
+    assert pack.forced.known.equal(covered)
+
+
+def test_experts_for_more_tokens_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="routed_experts"):
+        Samples([np.arange(4)], [2], {}, [np.zeros((5, 3, 2), np.uint8)])
 
 
 def test_an_empty_pack_has_tokens_for_the_collectives_but_no_targets():

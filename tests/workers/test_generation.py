@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from qerl_rl.config.schema import Config, RolloutConfig
+from qerl_rl.rollout.engine import GroupOutput
 from qerl_rl.train.background import BackgroundJob
 from transfer_dock import Jagged, SampleKey
-from workers.actor_hybrid import ActorHybridWorker, ages_of
-from workers.batches import group_requests
+from workers.actor_hybrid import ActorHybridWorker, ages_of, put_responses
+from workers.batches import group_requests, to_samples
 
 KEYS = [SampleKey(3, group, index) for group in (0, 5) for index in (0, 1)]
 
@@ -47,6 +48,29 @@ def test_carried_groups_go_on_from_their_partial_responses_and_old_ones_must_fin
     assert [request.seed for request in fresh] == [request.seed for request in requests]
     moved = SimpleNamespace(keys=[key._replace(step=4) for key in KEYS], columns=lease([0] * 4).columns)
     assert group_requests(moved, 1, RolloutConfig())[0][0].seed != fresh[0].seed
+
+
+def test_routed_experts_go_into_the_dock_and_out_to_the_trainer():
+    rows = [np.full((length, 2, 2), length, np.uint8) for length in (4, 5)]
+    output = GroupOutput(0, [np.array([3, 4, 5]), np.array([3, 4, 5, 2])], [np.zeros(3), np.zeros(4)], ["stop"] * 2)
+    written = {}
+    dock = SimpleNamespace(put=lambda columns, keys: written.update(columns))
+    put_responses(dock, KEYS[:2], output)
+    assert not [name for name in written if "experts" in name]
+    output = dataclasses.replace(output, routed_experts=rows)
+    put_responses(dock, KEYS[:2], output)
+    prompts = Jagged.from_rows([np.array([7, 8], np.int32)] * 2)
+    batch = SimpleNamespace(keys=KEYS[:2], columns={**written, "prompts": prompts})
+    samples = to_samples(batch)
+    assert [own.tolist() for own in samples.routed_experts] == [own.tolist() for own in rows]
+    del batch.columns["routed_experts"]
+    assert to_samples(batch).routed_experts is None
+    put_responses(dock, KEYS[:2], dataclasses.replace(output, left=True, routed_experts=[rows[0], rows[0][:0]]))
+    assert written["left_routed_experts"].lengths.tolist() == [4, 0]
+    partial = lease([0] * 4)
+    partial.columns["partial_routed_experts"] = Jagged.from_rows([rows[0], rows[0][:0]] * 2)
+    requests, _ = group_requests(partial, 1, RolloutConfig(carry_prompts=1))
+    assert [len(own.routed_experts) for own in requests[0].partials] == [4, 0]
 
 
 class BrokenEngine:
