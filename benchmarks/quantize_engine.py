@@ -2,7 +2,8 @@
 
 A Qwen3-MoE of 432 M random parameters (8 layers, 32 experts, 4 a token) in bfloat16, W8A8 and W4A16, each in a process
 of its own with one thread, without adapters. The engines are measured in turn, one at a time, round after round; a
-figure is the median over the rounds of the ratio within a round.
+figure is the median over the rounds of the ratio within a round. Seconds are those of the processor: with one thread
+they are the clock's on a machine that does nothing else, and no other process' on one that does.
 """
 
 from __future__ import annotations
@@ -74,22 +75,22 @@ def speed(batch: int) -> float:
     if batch == 0:
         # With a token left of the engine's length, a response costs no step beside that of its prompt.
         requests, tokens = _requests(2, PREFILLED), 2 * PREFILLED
-        begin = time.perf_counter()
+        begin = time.process_time()
         list(_engine.generate(requests, greedy=True))
-        return tokens / (time.perf_counter() - begin)
-    begin = time.perf_counter()
+        return tokens / (time.process_time() - begin)
+    begin = time.process_time()
     outputs = list(_engine.generate(_requests(batch, PROMPT), greedy=True))
-    return sum(len(output.responses[0]) for output in outputs) / (time.perf_counter() - begin)
+    return sum(len(output.responses[0]) for output in outputs) / (time.process_time() - begin)
 
 
 def noisy_rollout(sigma: float, step: int) -> float:
     """Seconds of a rollout of the quickstart's size with noise of this sigma, drawing the noise included."""
     from qerl_rl.quant.noise import Noise
 
-    begin = time.perf_counter()
+    begin = time.process_time()
     _engine.set_noise(Noise(sigma, seed=1, step=step, exempt_router=True))
     list(_engine.generate(_requests(GROUPS, PROMPT, SAMPLES, 16)))
-    return time.perf_counter() - begin
+    return time.process_time() - begin
 
 
 def measure() -> list[Figure]:

@@ -1,4 +1,4 @@
-"""`python -m qerl_rl COMMAND`: builds the models that the examples train (make-model), and checks one (verify)."""
+"""`python -m qerl_rl COMMAND`: builds the models of the examples, stores a model in fewer bits, and checks one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.quant.command import add_quantize
 from qerl_rl.quant.formats import FORMATS
-from qerl_rl.verify import command as verify
+from qerl_rl.verify.command import add_parser as add_verify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     smollm2.set_defaults(run=_make_smollm2_moe)
     for model in (tiny, smollm2):
         model.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
-    verify.add_parser(commands)
+    add_quantize(commands)
+    add_verify(commands)
     return parser
 
 

@@ -46,6 +46,8 @@ def run(plan: Plan) -> int:
             with recorder.phase("start"):
                 stack.enter_context(connected(config.cluster))
                 workers = stack.enter_context(WorkerGroup(config))
+            if config.has_rollout_engine:
+                display.fact("rollout engine", workers.places[0]["rollout_engine"])
             recorder.memory = lambda: peak_bytes(workers)
             TRAINERS[config.algorithm.name](plan, workers, recorder).run()
             recorder.finish()

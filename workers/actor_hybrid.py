@@ -55,12 +55,13 @@ class ActorHybridWorker:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def start(self, address: str, port: int) -> dict[str, Any]:
-        """Load the engines that the run needs; returns this rank's place in the layouts."""
+        """Load the engines that the run needs; returns this rank's place in the layouts, and how the rollout runs."""
         with collector_paused():
             self._start(address, port)
         return {
             "train_data_rank": self.train.data_parallel_rank,
             "rollout_data_rank": self.rank // self.config.rollout.tensor_parallel,
+            "rollout_engine": self.rollout.description if self.config.has_rollout_engine else "",
         }
 
     def _start(self, address: str, port: int) -> None:

@@ -74,6 +74,7 @@ class RunDisplay:
         self._phase = _Phase("", self._run_start)
         self._phase_seconds: dict[str, float] = {}
         self._durations: list[float] = []
+        self._facts: dict[str, str] = {}
 
     def __enter__(self) -> RunDisplay:
         if self._is_live:
@@ -115,6 +116,11 @@ class RunDisplay:
         if not self._is_live:
             self._print(f"  {text}")
 
+    def fact(self, label: str, text: str) -> None:
+        """A remark about the whole run, which the summary repeats."""
+        self._facts[label] = text
+        self.note(f"{label}: {text}")
+
     def show_progress(self) -> None:
         """Print a progress line if the last line of any kind is 5 s old; the live block needs none."""
         if self._is_live or not self._phase.name:
@@ -145,6 +151,7 @@ class RunDisplay:
             samples_per_step=self._samples_per_step,
             elapsed_s=elapsed,
             phase_seconds=self._phase_seconds,
+            facts=self._facts,
         )
         self._console.print(table)
 

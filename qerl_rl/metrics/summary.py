@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.table import Table
@@ -53,11 +54,13 @@ def summary_table(
     samples_per_step: int,
     elapsed_s: float,
     phase_seconds: Mapping[str, float],
+    facts: Mapping[str, str] = MappingProxyType({}),
 ) -> Table:
     """The table of a run of `steps` planned steps.
 
     Args: history: the metrics of the finished steps. paths: what was written, by what it is. phase_seconds: of every
-        phase of the run; those no step counts as time/<phase>_s (start, export) get rows of their own.
+        phase of the run; those no step counts as time/<phase>_s (start, export) get rows of their own. facts: what
+        else is to be said of the run, by label.
     """
     table = Table(title="Run summary", title_justify="left", title_style="bold", show_header=False)
     table.add_column(style="bold", no_wrap=True)
@@ -65,6 +68,8 @@ def summary_table(
     table.add_row(
         "steps", f"{len(history)} of {steps} in {format_duration(elapsed_s)}, {samples_per_step} samples each"
     )
+    for label, fact in facts.items():
+        table.add_row(label, fact)
     held_out = sorted({name for metrics in history for name in evaluations(metrics)})
     for label, name, digits in (
         ("reward", "reward/mean", 3),
@@ -76,6 +81,7 @@ def summary_table(
         ("KL to reference", "kl/reference", 4),
         ("KL engine to trainer", "rollout_vs_train/k3_kl", 4),
         ("critic explains", "critic/explained_variance", 3),
+        ("updates that merging kept", "swap/update_survival", 3),
     ):
         change = _first_and_last(history, name, digits)
         if change:

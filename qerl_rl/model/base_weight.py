@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from qerl_rl.quant.formats import Format
-from qerl_rl.quant.int4 import W4A8, W4A16
 
 
 @dataclass(frozen=True)
@@ -37,44 +36,23 @@ class Base:
 
 
 class Unpacker:
-    """The floats [N, K] of a base, group after group in the same memory, without the `row_scales` of the base.
+    """The floats [N, K] of a base, group after group, without the `row_scales` of the base.
 
     Args: dtype: of the floats; a base that is floats already keeps its own.
     """
 
     def __init__(self, base: Base, dtype: torch.dtype) -> None:
-        self._base, self._format = base, base.format
-        self._is_int4 = type(base.format) in (W4A16, W4A8) and base.row_scales is None
-        if base.format is None:
-            return
-        size, device = (base.outputs, base.inputs), base.tensors[0].device
-        self._weights = torch.empty(size, dtype=dtype, device=device)
-        if self._is_int4:
-            # The product with a scale is rounded to the type of the scales, in which the engines multiply.
-            scales = base.tensors[1]
-            own = dtype == scales.dtype
-            self._products = self._weights if own else torch.empty(size, dtype=scales.dtype, device=device)
-            self._pairs = torch.empty(2, size[0], size[1] // 2, dtype=torch.int16, device=device)
+        self._base, self._format, self._dtype = base, base.format, dtype
+        self._has_scales = base.row_scales is not None
+        if self._has_scales:
+            self._integers = base.tensors[0].new_empty(base.outputs, base.inputs, dtype=dtype)
 
     def matrix(self, group: int) -> torch.Tensor:
         """[N, K] of one group; valid until the next call."""
         tensors = [tensor[group] for tensor in self._base.tensors]
         if self._format is None:
             return tensors[0]
-        if self._base.row_scales is not None:
-            return self._weights.copy_(tensors[0])
-        if self._is_int4:
-            return self._unpack_int4(*tensors)
+        if self._has_scales:
+            return self._integers.copy_(tensors[0])
         parts = {part.suffix: tensor for part, tensor in zip(self._format.parts, tensors, strict=True)}
-        return self._weights.copy_(self._format.dequantize(parts, self._weights.dtype))
-
-    def _unpack_int4(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """What `Format.dequantize` gives, without its temporaries."""
-        if codes.dtype == torch.int32:
-            pairs, shifted = self._pairs
-            pairs.copy_(codes.view(torch.uint8))
-            torch.bitwise_left_shift(pairs, 4, out=shifted)
-            codes = pairs.bitwise_or_(shifted).bitwise_and_(0x0F0F).view(torch.int8).sub_(8)
-        self._products.copy_(codes)
-        self._products.unflatten(-1, (scales.shape[-1], -1)).mul_(scales.unsqueeze(-1))
-        return self._products if self._products is self._weights else self._weights.copy_(self._products)
+        return self._format.dequantize(parts, self._dtype)

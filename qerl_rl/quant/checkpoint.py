@@ -123,6 +123,7 @@ class CheckpointReader:
         return format.with_scales(_FLOATS.get(self.dtype(f"{name}_scale"), torch.bfloat16))
 
     def _description(self) -> StoredFormats | ModelSlimFormats:
+        """What the folder says of its formats. Raises: ConfigError for formats that have to be converted first."""
         if self._formats is None:
             if (self.path / ModelSlimFormats.file_name).exists():
                 self._formats = ModelSlimFormats.read(self.path)
@@ -200,9 +201,11 @@ class CheckpointReader:
 def stored_format(path: str | Path) -> str:
     """The quant.format of a HF folder: that of its experts, where formats are mixed; none where there is none.
 
-    Raises: ConfigError, as `CheckpointReader` and `format_of`.
+    Raises: ConfigError, as `CheckpointReader` and `format_of`, and for other ways to quantize, such as AWQ's.
     """
     with CheckpointReader(path) as reader:
+        if (reader.path / "config.json").exists():
+            reader._description()
         quantized = [name.removesuffix("_scale") for name in reader if name.endswith(".weight_scale")]
         name = next((name for name in quantized if ".experts." in name), quantized[0] if quantized else None)
         format = reader.format_of(name) if name else None

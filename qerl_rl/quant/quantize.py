@@ -92,7 +92,7 @@ class Recipe:
 @dataclass
 class Written:
     """What a quantized checkpoint came to. error: squares of differences to the source over squares, of what is
-    quantized, as a root; None for one that was converted."""
+    quantized, as a root; None where weights were converted, or (AWQ) scaled besides."""
 
     weight_bytes: int = 0
     source_bytes: int = 0

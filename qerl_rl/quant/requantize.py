@@ -59,13 +59,13 @@ def merged_parts(
 def merged_bfloat16(
     weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rounding: Rounding, name: str, survival: Survival
 ) -> torch.Tensor:
-    """As `merged_parts`, for a weight that is computed with as bfloat16: bfloat16 [N, K]."""
+    """As `merged_parts`, for a weight bfloat16 [N, K] that is computed with as it is; of the same type."""
     merged = torch.empty(weight.shape, dtype=torch.bfloat16)
     for rows, change in _chunks(a, b):
         thresholds = rounding.rows(name, rows.start, *change.shape)
         exact = weight[rows].to(torch.float32)
         merged[rows] = round_to_bfloat16(exact + change, thresholds)
-        survival.count(merged[rows].to(torch.float32) - weight[rows].to(torch.bfloat16).to(torch.float32), change)
+        survival.count(merged[rows].to(torch.float32) - exact, change)
     return merged
 
 

@@ -49,7 +49,9 @@ def _hash(key: tuple[int, int], first: int, count: int) -> torch.Tensor:
     Xor-shifts and multiplications by the constants of Wellons' lowbias32 (found by a search for what mixes best), with
     one half of the key before and one in the middle; int32 arithmetic wraps as that of unsigned numbers does.
     """
-    numbers = torch.arange(first, first + count, dtype=torch.int64).to(torch.int32)
+    # Counters of 2**32 elements and more begin anew, as their lower 32 bits do.
+    start = (first + (1 << 31)) % (1 << 32) - (1 << 31)
+    numbers = torch.arange(count, dtype=torch.int32).add_(start)
     spare = torch.empty_like(numbers)
     for half in key:
         numbers.add_(half)

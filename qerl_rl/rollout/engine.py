@@ -92,6 +92,10 @@ class RolloutEngine(Protocol):
         """
 
     @property
+    def description(self) -> str:
+        """How this engine runs the checkpoint's formats and its adapters, in a line."""
+
+    @property
     def survival(self) -> Survival | None:
         """How much of the adapters the last merge kept; None where adapters act beside the weights."""
 

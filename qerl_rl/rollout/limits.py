@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import RolloutConfig
+from qerl_rl.rollout.load_plan import LoadPlan
 
 TILE = 32
 """vLLM's int8 CPU expert kernel works on tiles of this many rows and columns."""
@@ -27,3 +28,23 @@ def check_expert_sizes(model_path: str | Path, rollout: RolloutConfig) -> None:
             f"multiples of {TILE}.",
             fix="set rollout.expert_parallel to true (whole experts on each rank)",
         )
+
+
+def check_groups(plan: LoadPlan, rollout: RolloutConfig) -> None:
+    """Raise ConfigError where tensor parallel cuts through groups of weights that share a scale."""
+    ranks, folder = rollout.tensor_parallel, plan.reader.path
+    config = json.loads((folder / "config.json").read_text())
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    cut = {"self_attn.o_proj": config["num_attention_heads"] * head_dim}
+    if not rollout.expert_parallel:
+        cut[".experts.0."] = config.get("moe_intermediate_size") or config["intermediate_size"]
+    for part, width in cut.items():
+        sizes = {run.group_size for name in plan.names() if part in name and (run := plan.engine_format(name))} - {0}
+        wrong = next((size for size in sizes if width // ranks % size), None)
+        if wrong:
+            raise ConfigError(
+                f"rollout.tensor_parallel={ranks} cuts rows of {width} weights through groups of {wrong}.",
+                fix=f"set rollout.tensor_parallel to a divisor of {width // wrong}"
+                + (", or rollout.expert_parallel to true" if part != "self_attn.o_proj" else ""),
+                where=str(folder / "config.json"),
+            )

@@ -27,7 +27,7 @@ class LoadPlan:
     """
 
     def __init__(self, folder: str | Path, platform: str) -> None:
-        self.reader, self._platform = CheckpointReader(folder), platform
+        self.reader, self.platform = CheckpointReader(folder), platform
         config = read_config(Path(folder))
         self._described = config.get("quantization_config")
         self._where = str(Path(folder) / "config.json")
@@ -42,18 +42,23 @@ class LoadPlan:
                     where=self._where,
                 )
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the engine takes every weight as it is stored."""
+        runs = [(format, self._as_run(format)) for format in self._formats.values()]
+        return all(run is not None and run.name == format.name for format, run in runs)
+
     def engine_format(self, weight: str) -> Format | None:
         """The format that the engine computes with for a weight of the checkpoint; None: floats."""
         format = self.reader.format_of(weight)
         return None if format is None else self._as_run(format)
 
     def _as_run(self, format: Format) -> Format | None:
-        if support(format.name, self._platform).how != DEQUANTIZED:
-            return format
-        if format.name == "w4a8" and self._platform == "cpu" and format.group_size:
-            # The same numbers in the layout of the int4 kernel, which computes with int8 activations either way.
-            return get_format("w4a16", format.group_size)
-        return None
+        if self.platform == "cpu" and format.name in ("w4a16", "w4a8"):
+            # The same numbers in the layout of the int4 kernel, which computes with int8 activations either way and
+            # knows no scales of whole rows.
+            return get_format("w4a16", format.group_size) if format.group_size else None
+        return None if support(format.name, self.platform).how == DEQUANTIZED else format
 
     def tensors(self, weight: str) -> dict[str, torch.Tensor]:
         """What the engine loads for a weight of the checkpoint, by full name; bfloat16 where it is dequantized."""
@@ -116,10 +121,10 @@ class LoadPlan:
         return "; ".join(dict.fromkeys(self._said(format) for format in self._formats.values()))
 
     def _said(self, format: Format) -> str:
-        how, run = support(format.name, self._platform), self._as_run(format)
+        how, run = support(format.name, self.platform), self._as_run(format)
         groups = f" (groups of {format.group_size})" if format.group_size else ""
         if run is None:
-            return f"{format.name}{groups}: dequantized to bfloat16 at load, {self._platform} has no kernel of it"
+            return f"{format.name}{groups}: dequantized to bfloat16 at load, {self.platform} has no kernel of it"
         if run.name != format.name:
             return f"{format.name}{groups}: native, in the layout of {run.name}"
         return f"{format.name}{groups}: native{', ' + how.note if how.note else ''}"

@@ -13,8 +13,18 @@ LOAD_FORMAT = "qerl_rl"
 _plans: dict[str, LoadPlan] = {}
 
 
-def register_loader(plan: LoadPlan) -> None:
-    """Have vLLM load the model folder of `plan` as it says, when asked for load_format LOAD_FORMAT."""
+def loader_options(plan: LoadPlan) -> dict[str, Any]:
+    """The EngineArgs with which vLLM loads as `plan` says; none where all runs as it is stored, off a CPU.
+
+    (vLLM's own loader knows layouts there that only its kernels have, and skips other ranks' experts likewise.)
+    """
+    if plan.platform != "cpu" and plan.is_native:
+        return {}
+    _register_loader(plan)
+    return {"load_format": LOAD_FORMAT, "hf_overrides": shown_config(plan)}
+
+
+def _register_loader(plan: LoadPlan) -> None:
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 

@@ -92,7 +92,8 @@ class MergedAdapters:
             weight, (a, b) = f"{target.stem}.weight", target.factors(tensors, scale)
             format = self._plan.engine_format(weight)
             if format is None:
-                base = self._plan.reader.weight(weight)
+                # As it was loaded: on the grid already.
+                base = self._plan.reader.weight(weight, torch.bfloat16)
                 yield weight, merged_bfloat16(base, a, b, rounding, weight, survival)
             else:
                 merged = merged_parts(format, self._plan.parts(weight), a, b, rounding, weight, survival)
@@ -108,6 +109,9 @@ class MergedAdapters:
         if tensors.keys() != expected:
             missing, unknown = sorted(expected - tensors.keys())[:3], sorted(tensors.keys() - expected)[:3]
             raise ValueError(f"adapters don't fit the engine: missing {missing or 'none'}, unknown {unknown or 'none'}")
+        for _, targets, _ in self._layers:
+            for target in targets:
+                target.factors(tensors, 1.0)
 
 
 def merges_adapters(model: torch.nn.Module, lora: LoraConfig) -> bool:
@@ -115,6 +119,8 @@ def merges_adapters(model: torch.nn.Module, lora: LoraConfig) -> bool:
 
     Raises: ConfigError for `adapter` where an expert kernel takes none.
     """
+    if not (lora.attention or lora.experts or lora.shared_experts):
+        return False
     layers = [layer for path, layer in model.named_modules() if path.endswith("experts.routed_experts")]
     refusing = {expert_kernel(layer) for layer in layers} - {ADAPTED_KERNEL} if lora.experts else set()
     if lora.in_rollout == "adapter" and refusing:

@@ -16,19 +16,29 @@ GATE_UP_DOWN = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 @dataclass(frozen=True)
 class Target:
     """A weight stem.weight [N, K] of the checkpoint, and its adapter: rows `rows` of B (of `expert`, where A and B are
-    stacked), all of A."""
+    stacked), all of A. columns: K."""
 
     stem: str
     adapter: str
     rows: slice
+    columns: int
     expert: int | None = None
 
     def factors(self, tensors: Mapping[str, torch.Tensor], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 (A [rank, K], B [N, rank] times `scale`) out of full adapters in the exchange format."""
+        """float32 (A [rank, K], B [N, rank] times `scale`) out of full adapters in the exchange format.
+
+        Raises: ValueError when they are of another shape.
+        """
         a, b = tensors[f"{self.adapter}.lora_A"], tensors[f"{self.adapter}.lora_B"]
         if self.expert is not None:
             a, b = a[self.expert], b[self.expert]
-        return a.to(torch.float32), b[self.rows].to(torch.float32) * scale
+        b = b[self.rows]
+        if a.shape != (b.shape[1], self.columns) or b.shape[0] != self.rows.stop - self.rows.start:
+            raise ValueError(
+                f"adapter {self.adapter}: A {tuple(a.shape)} and B {tuple(b.shape)} don't fit {self.stem}, which has "
+                f"{self.rows.stop - self.rows.start} rows of {self.columns}"
+            )
+        return a.to(torch.float32), b.to(torch.float32) * scale
 
 
 class TargetFinder:
@@ -41,18 +51,22 @@ class TargetFinder:
         for name in reader.weights():
             self.tensors.setdefault(name.rpartition(".")[0], []).append(name)
 
-    def rows(self, stem: str) -> int:
-        """N of the weight [N, K], whatever it is stored as. Raises: KeyError when there is no such module."""
+    def shape(self, stem: str) -> tuple[int, int]:
+        """Of the weight [N, K], whatever it is stored as. Raises: KeyError when there is no such module."""
         weight = f"{stem}.weight"
         format = self._reader.format_of(weight)
-        return self._reader.shape(weight + (format.parts[0].suffix if format else ""))[0]
+        if format is None:
+            rows, columns = self._reader.shape(weight)
+            return rows, columns
+        rows, stored = self._reader.shape(weight + format.parts[0].suffix)
+        return rows, stored * format.parts[0].columns
 
     def fused(self, adapter: str, stems: list[str], expert: int | None = None) -> Iterator[Target]:
         """The targets of an adapter of modules that are fused by their rows, in this order."""
         first = 0
         for stem in stems:
-            count = self.rows(stem)
-            yield Target(stem, adapter, slice(first, first + count), expert)
+            count, columns = self.shape(stem)
+            yield Target(stem, adapter, slice(first, first + count), columns, expert)
             first += count
 
     def attention(self, layer: str, kind: str) -> list[Target]:

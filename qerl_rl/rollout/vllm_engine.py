@@ -23,9 +23,9 @@ from qerl_rl.rollout.collector import Collector, unfinished_samples
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.kv_cache import KvCacheMemory
-from qerl_rl.rollout.limits import check_expert_sizes
+from qerl_rl.rollout.limits import check_expert_sizes, check_groups
 from qerl_rl.rollout.load_plan import LoadPlan
-from qerl_rl.rollout.loader import LOAD_FORMAT, register_loader, shown_config
+from qerl_rl.rollout.loader import loader_options
 from qerl_rl.rollout.merge import MergedAdapters, merges_adapters
 from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
@@ -65,7 +65,7 @@ class VllmEngine:
 
             apply_patches()
             self._plan = LoadPlan(model_path, platform_name())
-            register_loader(self._plan)
+            check_groups(self._plan, rollout)
             arguments = _engine_args(self._plan, rollout, max_length, seed)
             self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
         runner = self._engine.model_executor.driver_worker.worker.model_runner
@@ -73,7 +73,7 @@ class VllmEngine:
         self._weights = weight_bytes(runner.model)
         self._adapters: AdapterSet | MergedAdapters | None = None
         if merges_adapters(runner.model, lora):
-            world_size = rollout.tensor_parallel * (rollout.data_parallel if rollout.expert_parallel else 1)
+            world_size = rollout.tensor_parallel * rollout.data_parallel
             self._adapters = MergedAdapters(runner.model, self._engine.vllm_config, self._plan, lora, seed, world_size)
         elif lora.attention or lora.experts:
             self._adapters = AdapterSet(runner.model, lora)
@@ -182,7 +182,7 @@ class VllmEngine:
 
     @property
     def description(self) -> str:
-        """How this engine runs its weights and adapters, in a line."""
+        """See RolloutEngine."""
         if self._adapters is None:
             return self._plan.line()
         how = "merged into the weights" if isinstance(self._adapters, MergedAdapters) else "beside the weights"
@@ -244,8 +244,7 @@ def _engine_args(plan: LoadPlan, rollout: RolloutConfig, max_length: int, seed: 
 
     return EngineArgs(
         model=str(plan.reader.path),
-        hf_overrides=shown_config(plan),
-        load_format=LOAD_FORMAT,
+        **loader_options(plan),
         skip_tokenizer_init=True,
         generation_config="vllm",
         dtype=rollout.dtype,

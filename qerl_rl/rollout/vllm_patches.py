@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from qerl_rl.rollout.cpu_norm import norms_stay_in_cache
+
 _applied: set[str] = set()
 SHARED_MEMORY = "/dev/shm"
 
@@ -31,6 +33,7 @@ def apply_patches() -> None:
             int8_products_keep_their_scales,
             cpu_communicator_gathers_unequal_parts,
             numa_policy_left_alone,
+            norms_stay_in_cache,
         ):
             if patch.__name__ not in _applied:
                 patch()

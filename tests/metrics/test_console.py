@@ -170,6 +170,13 @@ def test_summary_compares_the_first_and_the_last_five_steps():
     assert "train speed" not in text
 
 
+def test_summary_tells_how_the_engine_runs_and_what_merging_kept():
+    history = [step_metrics(step) | {"swap/update_survival": 0.9 + 0.01 * step} for step in range(1, 21)]
+    text = summary_text(history, {}, facts={"rollout engine": "mxfp4: dequantized"})
+    assert cell(text, "rollout engine") == "mxfp4: dequantized"
+    assert cell(text, "updates that merging kept") == "first 0.930, last 1.080 (+0.150; mean of 5 steps)"
+
+
 def test_summary_of_pairs_has_rows_of_its_own():
     text = summary_text([pair_metrics(step) for step in range(1, 21)], {})
     assert cell(text, "margin of pairs") == "first 0.300, last 1.800 (+1.500; mean of 5 steps)"

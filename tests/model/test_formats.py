@@ -16,7 +16,8 @@ from qerl_rl.config.schema import LoraConfig, TrainConfig
 from qerl_rl.layout.blocks import ParallelSizes
 from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.model.formats import check_format_layout, stored_formats
-from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.quant.checkpoint import CheckpointReader, ShardWriter
+from qerl_rl.quant.int4 import W4A16Asymmetric
 from tests.model import harness
 from tests.ranks import RankPool
 
@@ -32,7 +33,9 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "NVFP4, layer 1 unquantized": ("nvfp4", {"keep_layers": (1,)}),
     "MXFP4 experts": ("mxfp4", {"attention": "none"}),
     "MXFP8": ("mxfp8", {}),
+    "MXFP4 as msmodelslim describes it": ("mxfp4", {"layout": "msmodelslim"}),
 }
+AWQ = "W4A16 with zero points"
 SIZES = {"layers": 2, "shared_expert_width": 64}
 LORA = LoraConfig(rank=4, alpha=8.0)
 
@@ -56,10 +59,30 @@ def _held_in_all(folders: dict[str, Path], layouts: dict[str, TrainConfig]) -> d
     return {(name, layout): _held(folders[name], train) for layout, train in layouts.items() for name in folders}
 
 
+def _as_from_awq(symmetric: Path, source: Path, folder: Path) -> Path:
+    """What a converted AWQ checkpoint holds: zero points, of eight rows in an int32, and float16 scales."""
+    format, writer = W4A16Asymmetric(32, torch.float16), ShardWriter(folder)
+    with CheckpointReader(symmetric) as quantized, CheckpointReader(source) as floats:
+        for name in floats:
+            stored = format.stored(format.quantize(floats.get(name))) if quantized.is_quantized(name) else {}
+            for suffix, tensor in (stored or {"": floats.get(name)}).items():
+                writer.add(name + suffix, tensor)
+    writer.finish()
+    config = json.loads((symmetric / "config.json").read_text())
+    config["quantization_config"] = format.quantization_config(config["quantization_config"]["ignore"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.fixture(scope="module")
-def folders(tiny_checkpoint: Callable[..., Path], tiny_quantized: Callable[..., Path]) -> dict[str, Path]:
+def folders(
+    tiny_checkpoint: Callable[..., Path],
+    tiny_quantized: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
     source = tiny_checkpoint("qwen2_moe", **SIZES)
-    return {name: tiny_quantized(source, format, **options) for name, (format, options) in FORMATS.items()}
+    found = {name: tiny_quantized(source, format, **options) for name, (format, options) in FORMATS.items()}
+    return found | {AWQ: _as_from_awq(found["W4A16"], source, tmp_path_factory.mktemp("asymmetric"))}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +95,7 @@ def split(folders: dict[str, Path], two_ranks: RankPool) -> list[dict[tuple[str,
     return two_ranks(_held_in_all, folders, LAYOUTS)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*FORMATS, AWQ])
 def test_every_layout_holds_the_weights_of_the_checkpoint_bit_for_bit(format: str, alone: Any, split: Any) -> None:
     assert alone[format, "one rank"]["unequal"] == []
     for layout in LAYOUTS:
@@ -81,7 +104,7 @@ def test_every_layout_holds_the_weights_of_the_checkpoint_bit_for_bit(format: st
         assert second["names"] == 0
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*FORMATS, AWQ])
 def test_every_layout_gives_the_loss_and_gradients_of_one_rank(format: str, alone: Any, split: Any) -> None:
     expected = alone[format, "one rank"]
     for layout in LAYOUTS:

@@ -8,14 +8,17 @@ import torch
 from qerl_rl.model.base_weight import Base, Unpacker
 from qerl_rl.model.grouped_linear import Adapter, grouped_linear
 from qerl_rl.quant.formats import FORMATS, Format, get_format
+from qerl_rl.quant.int4 import W4A8, W4A16Asymmetric
 
 ROWS = [0, 9, 5, 1, 0, 7]
 GROUPS, INPUTS, OUTPUTS, RANK, SCALING = len(ROWS), 64, 40, 4, 0.5
-STORED = [
-    *((name, 32 if name.startswith("w4") else 0) for name in FORMATS),
-    ("w4a16", -1),
-    ("w4a8", -1),
-]
+STORED = {
+    **{name: get_format(name, 32 if name.startswith("w4") else 0) for name in FORMATS},
+    "w4a16, scales of rows": get_format("w4a16", -1),
+    "w4a8, scales of rows": get_format("w4a8", -1),
+    "w4a16 with zero points, float16 scales": W4A16Asymmetric(32, torch.float16),
+    "w4a8, float16 scales of rows": W4A8(0, torch.float16),
+}
 
 
 def _random(*shape: int, seed: int) -> torch.Tensor:
@@ -41,12 +44,12 @@ def _assert_close(found: torch.Tensor | None, expected: torch.Tensor | None) -> 
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])
-@pytest.mark.parametrize("kind", ["frozen", "trainable", *STORED], ids=str)
-def test_output_and_gradients_equal_the_dense_oracle(kind: str | tuple[str, int], with_adapter: bool) -> None:
+@pytest.mark.parametrize("kind", ["frozen", "trainable", *STORED])
+def test_output_and_gradients_equal_the_dense_oracle(kind: str, with_adapter: bool) -> None:
     weight = _random(GROUPS, OUTPUTS, INPUTS, seed=1)
     base = Base((weight.clone().requires_grad_(kind == "trainable"),))
-    if isinstance(kind, tuple):
-        base, weight = _stored(get_format(*kind))
+    if kind in STORED:
+        base, weight = _stored(STORED[kind])
     oracle_weight = weight.clone().requires_grad_(kind == "trainable")
     found, expected = [], []
     for leaves in (found, expected):
@@ -76,20 +79,20 @@ def test_adapters_and_trainable_weights_get_zero_gradients_when_no_group_has_row
         assert not leaf.grad.any()
 
 
-@pytest.mark.parametrize("kind", STORED, ids=str)
-def test_frozen_quantized_base_keeps_neither_its_input_nor_a_float_copy(kind: tuple[str, int]) -> None:
+@pytest.mark.parametrize("kind", STORED)
+def test_frozen_quantized_base_keeps_neither_its_input_nor_a_float_copy(kind: str) -> None:
     kept: list[torch.Tensor] = []
     x = _random(sum(ROWS), INPUTS, seed=2).requires_grad_()
-    base, _ = _stored(get_format(*kind))
+    base, _ = _stored(STORED[kind])
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         grouped_linear(x, base, None, ROWS)
     assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in base.tensors}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", STORED, ids=str)
-def test_unpacked_weights_are_the_formats_own_bit_for_bit(kind: tuple[str, int], dtype: torch.dtype) -> None:
-    format = get_format(*kind)
+@pytest.mark.parametrize("kind", STORED)
+def test_unpacked_weights_are_the_formats_own_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
+    format = STORED[kind]
     base, exact = _stored(format)
     unpacker = Unpacker(base, dtype)
     for group in reversed(range(GROUPS)):
@@ -100,9 +103,9 @@ def test_unpacked_weights_are_the_formats_own_bit_for_bit(kind: tuple[str, int],
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])
-@pytest.mark.parametrize("kind", STORED, ids=str)
-def test_bfloat16_stays_near_the_float32_result(kind: tuple[str, int], with_adapter: bool) -> None:
-    base, _ = _stored(get_format(*kind))
+@pytest.mark.parametrize("kind", STORED)
+def test_bfloat16_stays_near_the_float32_result(kind: str, with_adapter: bool) -> None:
+    base, _ = _stored(STORED[kind])
     leaves = [
         _random(sum(ROWS), INPUTS, seed=2),
         _random(GROUPS, RANK, INPUTS, seed=3),

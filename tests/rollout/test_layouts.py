@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 
 from qerl_rl.config.schema import LoraConfig
+from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.noise import Noise
+from qerl_rl.quant.requantize import Survival
 from tests.ranks import run_engines
 from tests.rollout.scenes import (
     LORA,
     Plain,
+    act_beside_the_weights,
     generate,
     hf_log_probs,
     hf_model,
@@ -35,10 +39,16 @@ Shares = list[list[int]]
 
 def _scene(folder: Path, layout: dict[str, Any], calls: list[Shares], greedy_share: Shares) -> dict[str, Any]:
     before = set(os.listdir("/dev/shm"))
-    engine = make_engine(folder, record_routing=True, **layout)
-    engine.set_adapters(random_adapters(folder, seed=1))
-    rank = int(os.environ["RANK"])
-    seen: dict[str, Any] = {"sampled": [generate(engine, shares[rank]) for shares in calls]}
+    rank, merging = int(os.environ["RANK"]), dataclasses.replace(LORA, in_rollout="merge")
+    engine = make_engine(folder, merging, record_routing=True, **layout)
+    adapters = random_adapters(folder, seed=1)
+    seen: dict[str, Any] = {"held merged": engine.held_bytes(), "read": engine._plan.reader.bytes_read}
+    engine.set_adapters(adapters, 7)
+    seen["survival"], seen["merged"] = engine.survival, generate(engine, greedy_share[rank], greedy=True)
+    engine.set_adapters({name: 0 * tensor for name, tensor in adapters.items()}, 8)
+    act_beside_the_weights(engine)
+    engine.set_adapters(adapters)
+    seen["sampled"] = [generate(engine, shares[rank]) for shares in calls]
     outputs = list(engine.generate([request(group) for group in greedy_share[rank]], greedy=True))
     seen["greedy"] = plain(outputs)
     seen["routed"] = {(o.group, index): rows for o in outputs for index, rows in enumerate(o.routed_experts or [])}
@@ -73,6 +83,22 @@ def _merged(outputs: list[Plain]) -> Plain:
     return {group: entry for output in outputs for group, entry in output.items()}
 
 
+def _check_survival(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    """Each weight is rounded as on one rank, and counted once: the same sums, in another order."""
+    total = Survival()
+    for rank in ranks:
+        total.add(rank["survival"])
+    assert total.applied == pytest.approx(alone["survival"].applied, rel=1e-5)
+    assert total.wanted == pytest.approx(alone["survival"].wanted, rel=1e-5)
+    # By independent rounding of changes of the order of a step, 380,000 of them.
+    assert total.ratio == pytest.approx(1.0, abs=0.01)
+
+
+def _bytes_beside_experts(folder: Path) -> int:
+    with CheckpointReader(folder) as reader:
+        return sum(reader.get(name).nbytes for name in reader if ".experts." not in name)
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_w8a8: Callable[..., Path]) -> Path:
     return tiny_w8a8("qwen3_moe", "bfloat16")
@@ -94,6 +120,9 @@ def test_tensor_parallel_ranks_agree_with_each_other_and_with_one_rank(
         key: second[key] for key in ("sampled", "greedy", "noise")
     }
     assert first["shared memory"] == []
+    assert first["merged"] == second["merged"]
+    _check_survival([first, second], alone)
+    assert log_prob_gaps(first["merged"], alone["merged"]).mean() < 0.1
     # Each rank rounds its own half of o_proj's input to int8, with a scale of its own: equal up to W8A8's error, so
     # that a near-tie ends the equality of tokens now and then (measured: mean gap 0.03, 5 of 6 tokens come before it).
     gaps = log_prob_gaps(first["greedy"], alone["greedy"])
@@ -121,12 +150,16 @@ def test_data_and_expert_parallel_equals_one_rank_whatever_the_load(folder: Path
             assert tokens_of(merged) == tokens_of(alone["sampled"][0])
             # Exact but for batches of up to 4 sequences, whose unquantized layers take another kernel.
             assert np.median(log_prob_gaps(merged, alone["sampled"][0])) == 0
-    for kind in ("greedy", "noise"):
+    _check_survival(ranks, alone)
+    for kind in ("greedy", "noise", "merged"):
         merged = _merged([rank[kind] for rank in ranks])
         assert tokens_of(merged) == tokens_of(alone[kind])
     np.testing.assert_equal({**ranks[0]["routed"], **ranks[1]["routed"]}, alone["routed"])
     assert ranks[0]["held"]["weights"] < 0.75 * alone["held"]["weights"]
     assert ranks[0]["held"]["adapters"] < 0.75 * alone["held"]["adapters"]
+    # Half of the experts, and all else: of other ranks' experts no byte.
+    assert ranks[0]["read"] + ranks[1]["read"] == alone["read"] + _bytes_beside_experts(folder)
+    assert ranks[0]["held merged"] == ranks[0]["held"] | {"adapters": 0}
 
 
 def test_data_parallel_without_expert_parallel_is_two_engines(folder: Path, alone: dict[str, Any]) -> None:

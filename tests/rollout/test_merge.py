@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ GROUPS = [0, 1, 4]
 NATIVE = ("w8a8", "w4a16")
 FORMATS = (*NATIVE, "w4a8", "nvfp4", "mixed")
 """One of those that are dequantized stands for all: the loader asks the format itself (mixed has mxfp4)."""
+FUSED = "model.layers.1.self_attn.qkv_proj"
 NEAREST = dataclasses.replace(LORA, in_rollout="merge", merge_rounding="nearest")
 STOCHASTIC = dataclasses.replace(LORA, in_rollout="merge")
 OFF = LoraConfig(attention=False, experts=False, shared_experts=False)
@@ -61,6 +63,10 @@ def _scene(folders: dict[str, Path], out: Path) -> dict[str, Any]:
         merging.set_adapters(adapters, 1)
         seen[name, "merged"] = generate(merging, GROUPS)
         merging.set_adapters({key: 0 * tensor for key, tensor in adapters.items()}, 2)
+        if name == "w8a8":
+            broken = adapters | {f"{FUSED}.lora_B": adapters[f"{FUSED}.lora_B"][:-32]}
+            seen["error shape"] = _error(partial(merging.set_adapters, broken, 3))
+            seen["error names"] = _error(partial(merging.set_adapters, {}, 3))
         seen[name, "merged away"] = generate(merging, GROUPS)
         if name in ("nvfp4", "mixed"):
             twin = write_merged(folder, {}, out / f"{name}-twin", as_floats=True)
@@ -70,7 +76,7 @@ def _scene(folders: dict[str, Path], out: Path) -> dict[str, Any]:
             seen[name, "fresh"] = generate(engine(merged, OFF), GROUPS)
     for name in NATIVE:
         seen[name, "survival"] = _survival(engine(folders[name], STOCHASTIC), folders[name])
-    seen["error"] = _error(engine, folders["w4a16"])
+    seen["error"] = _error(partial(engine, folders["w4a16"], dataclasses.replace(LORA, in_rollout="adapter")))
     return seen
 
 
@@ -86,10 +92,10 @@ def _survival(engine: Any, folder: Path) -> dict[str, float]:
     return {"stochastic": applied / wanted, "nearest": engine.survival.ratio}
 
 
-def _error(engine: Callable[..., Any], folder: Path) -> str:
+def _error(call: Callable[[], Any]) -> str:
     try:
-        engine(folder, dataclasses.replace(LORA, in_rollout="adapter"))
-    except ConfigError as error:
+        call()
+    except (ConfigError, ValueError) as error:
         return str(error)
     return "no error"
 
@@ -159,6 +165,13 @@ def test_small_updates_survive_in_the_engines_weights(seen: dict[str, Any], name
     survival = seen[name, "survival"]
     assert abs(survival["stochastic"] - 1.0) < 0.1
     assert abs(survival["nearest"]) < 0.1
+
+
+def test_adapters_that_fit_no_weight_are_refused_and_change_nothing(seen: dict[str, Any]) -> None:
+    assert FUSED in seen["error shape"]
+    assert "v_proj, which has 64 rows of 128" in seen["error shape"]
+    assert "missing" in seen["error names"]
+    assert seen["w8a8", "merged away"] == seen["w8a8", "clean"]
 
 
 def test_adapters_where_no_kernel_takes_them_are_refused_with_the_fix(seen: dict[str, Any]) -> None:

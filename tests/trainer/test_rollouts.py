@@ -29,7 +29,7 @@ WAYS = {
         "router_replay.mode=R3",
     ],
     "one_step_off": [
-        *("noise.enabled=true", "noise.stages=2"),
+        *("noise.enabled=true", "noise.stages=2", "lora.in_rollout=merge"),
         *("rollout_correction.rollout_rs=token_k2,seq_mean_k3", "rollout_correction.rollout_rs_threshold=4.5,1"),
     ],
 }
@@ -62,12 +62,22 @@ def test_a_resumed_run_equals_one_without_a_break_bit_for_bit(way, straight, tin
     assert (middle / "dock").is_file()
     printed = run(way, tiny_w8a8("qwen3_moe"), tmp_path, "--resume", str(middle))
     assert "resume: after step 4" in printed
+    how = "merged into" if way == "one_step_off" else "beside"
+    assert f"rollout engine: w8a8: native, int8 products; adapters {how} the weights" in printed
     for name in ("metrics.jsonl", "samples.jsonl"):
         later = [row for row in untimed(expected / name) if row["step"] > 4]
         assert untimed(tmp_path / name) == later
     found, wanted = tensors(tmp_path, STEPS), tensors(expected, STEPS)
     assert found.keys() == wanted.keys()
     assert all(found[name].equal(tensor) for name, tensor in wanted.items())
+
+
+def test_updates_survive_in_merged_weights(straight):
+    """No update yet has nothing to lose; later ones are rounded without bias, in about a million weights."""
+    survival = [row["swap/update_survival"] for row in rows(straight("one_step_off") / "metrics.jsonl")]
+    assert survival[0] == 1.0
+    assert survival[1:] == pytest.approx([1.0] * (STEPS - 1), abs=0.1)
+    assert survival[1] != 1.0
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,0 +1,166 @@
+"""Quantized experts with LoRA in the trainer over the frozen bfloat16 experts of Megatron, forward and backward.
+
+The peer is Megatron-core's own SequentialMLP: the same experts in bfloat16, frozen, without adapters, whose backward
+gives the gradients of tokens and probabilities. Ours gives those too, adds the adapters' part and has their gradients.
+Both take the same 2,048 tokens, four experts a token, in turns; the shapes are those of one routing, so that oneDNN has
+compiled its kernels before anything is timed.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+
+from benchmarks.figures import Figure
+from qerl_rl.config.schema import LoraConfig, TrainConfig
+from qerl_rl.platform import detect, prepare_megatron
+from qerl_rl.quant.formats import get_format
+
+HIDDEN, WIDTH, EXPERTS, EXPERTS_PER_TOKEN, TOKENS = 1024, 512, 32, 4, 2048
+LORA = LoraConfig(rank=16)
+FORMATS = {"int8": ("w8a8", 0), "int4, groups of 128": ("w4a16", 128)}
+BAR = 1.25
+REPEATS = 20
+THREADS = 2
+
+
+def measure(repeats: int = REPEATS) -> list[Figure]:
+    """Ratios of times, medians of `repeats` turns; prints the times."""
+    torch.set_num_threads(THREADS)
+    with _one_rank():
+        weights = _weights()
+        peer = _peer(weights)
+        candidates = {name: _ours(weights, *format) for name, format in FORMATS.items()}
+        batch = _batch()
+        seconds: dict[str, list[float]] = {name: [] for name in ("peer", *candidates)}
+        for turn in range(repeats + 2):
+            for name, module in {"peer": peer, **candidates}.items():
+                elapsed = _seconds(lambda module=module: _step(module, *batch))
+                if turn >= 2:
+                    seconds[name].append(elapsed)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    print("  " + ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in median.items()))
+    return [
+        Figure(
+            f"experts with LoRA over frozen bfloat16 ones, {name}", median[name] / median["peer"], BAR, at_least=False
+        )
+        for name in candidates
+    ]
+
+
+@contextmanager
+def _one_rank() -> Iterator[None]:
+    """Megatron's groups, of this process alone."""
+    prepare_megatron(detect("cpu"))
+    from megatron.core import parallel_state
+
+    from qerl_rl.model.parallel import initialize_parallel
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    initialize_parallel(TrainConfig())
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _config() -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=8,
+        ffn_hidden_size=WIDTH,
+        moe_ffn_hidden_size=WIDTH,
+        num_moe_experts=EXPERTS,
+        moe_router_topk=EXPERTS_PER_TOKEN,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+    )
+
+
+def _weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "w13": torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator) * HIDDEN**-0.5,
+        "w2": torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator) * WIDTH**-0.5,
+    }
+
+
+@torch.no_grad()
+def _peer(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    module = SequentialMLP(EXPERTS, _config(), submodules)
+    for expert, w13, w2 in zip(module.local_experts, weights["w13"], weights["w2"], strict=True):
+        expert.linear_fc1.weight.copy_(w13)
+        expert.linear_fc2.weight.copy_(w2)
+    return module.requires_grad_(requires_grad=False)
+
+
+@torch.no_grad()
+def _ours(weights: dict[str, torch.Tensor], name: str, group_size: int) -> torch.nn.Module:
+    from qerl_rl.model.adapted import LayerWeights
+    from qerl_rl.model.experts import StackedExperts
+
+    format = get_format(name, group_size)
+    module = StackedExperts(EXPERTS, _config(), LayerWeights(dict.fromkeys(weights, format), LORA))
+    for key, weight in weights.items():
+        for suffix, tensor in format.quantize(weight).items():
+            module.get_buffer(key + suffix).copy_(tensor)
+    for parameter in module.parameters():
+        parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    return module
+
+
+def _batch() -> tuple[torch.Tensor, ...]:
+    """Tokens sorted by expert, tokens of each expert, probabilities, and the gradient of the outputs."""
+    generator = torch.Generator().manual_seed(2)
+    chosen = torch.randn(TOKENS, EXPERTS, generator=generator).topk(EXPERTS_PER_TOKEN).indices
+    rows = TOKENS * EXPERTS_PER_TOKEN
+    tokens, gradient = (torch.randn(rows, HIDDEN, generator=generator).bfloat16() for _ in range(2))
+    return tokens, chosen.flatten().bincount(minlength=EXPERTS), torch.rand(rows, generator=generator), gradient
+
+
+def _step(
+    module: torch.nn.Module,
+    tokens: torch.Tensor,
+    counts: torch.Tensor,
+    probabilities: torch.Tensor,
+    gradient: torch.Tensor,
+) -> None:
+    module.zero_grad()
+    output, _ = module(tokens.detach().requires_grad_(), counts, probabilities.detach().requires_grad_())
+    output.backward(gradient)
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    for figure in measure():
+        print(figure)

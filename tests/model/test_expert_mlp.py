@@ -1,0 +1,114 @@
+"""expert_mlp, and the product of columns it is made of, against autograd on dense weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qerl_rl.model.base_weight import Base
+from qerl_rl.model.expert_mlp import expert_mlp
+from qerl_rl.model.grouped_linear import Adapter
+from qerl_rl.platform.kernels import ColumnScaler
+from qerl_rl.quant.formats import FORMATS, get_format
+
+EXPERTS, HIDDEN, WIDTH, RANK, SCALING = 5, 64, 32, 4, 0.5
+KINDS = ["float", *FORMATS]
+
+
+def _random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _base(kind: str, weight: torch.Tensor) -> tuple[Base, torch.Tensor]:
+    """The weight in this format, and the floats that it stands for."""
+    if kind == "float":
+        return Base((weight,)), weight
+    format = get_format(kind, 32 if kind.startswith("w4") else 0)
+    parts = format.quantize(weight)
+    return Base(tuple(parts[part.suffix] for part in format.parts), format), format.dequantize(parts)
+
+
+def _leaves(tokens: int) -> list[torch.Tensor]:
+    """Tokens, probabilities, and A and B of both matrices."""
+    leaves = [
+        _random(tokens, HIDDEN, seed=1),
+        _random(tokens, seed=2).sigmoid(),
+        _random(EXPERTS, RANK, HIDDEN, seed=3),
+        _random(EXPERTS, 2 * WIDTH, RANK, seed=4),
+        _random(EXPERTS, RANK, WIDTH, seed=5),
+        _random(EXPERTS, HIDDEN, RANK, seed=6),
+    ]
+    return [leaf.requires_grad_() for leaf in leaves]
+
+
+def _oracle(leaves: list[torch.Tensor], w13: torch.Tensor, w2: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """The textbook's expert with merged adapters, differentiated by torch."""
+    x, probabilities, a13, b13, a2, b2 = leaves
+    w13, w2 = w13 + SCALING * b13 @ a13, w2 + SCALING * b2 @ a2
+    outputs = []
+    for group, (part, weights) in enumerate(zip(x.split(rows), probabilities.split(rows), strict=True)):
+        gate, up = (part @ w13[group].t()).chunk(2, -1)
+        outputs.append((F.silu(gate) * up * weights[:, None]) @ w2[group].t())
+    return torch.cat(outputs)
+
+
+def _compare(kind: str, rows: list[int]) -> None:
+    first, w13 = _base(kind, _random(EXPERTS, 2 * WIDTH, HIDDEN, seed=7) * 0.3)
+    second, w2 = _base(kind, _random(EXPERTS, HIDDEN, WIDTH, seed=8) * 0.3)
+    found, expected = _leaves(sum(rows)), _leaves(sum(rows))
+    x, probabilities, a13, b13, a2, b2 = found
+    adapters = Adapter(a13, b13, SCALING), Adapter(a2, b2, SCALING)
+    y, oracle = expert_mlp(x, probabilities, rows, (first, second), adapters), _oracle(expected, w13, w2, rows)
+    gradient = _random(*y.shape, seed=9)
+    y.backward(gradient)
+    oracle.backward(gradient)
+    for one, other in zip(
+        (y, *(leaf.grad for leaf in found)), (oracle, *(leaf.grad for leaf in expected)), strict=True
+    ):
+        assert one is not None
+        assert other is not None
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=3e-5 * float(other.abs().max()) if other.numel() else 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_and_all_gradients_equal_the_dense_oracle_with_idle_experts(kind: str) -> None:
+    _compare(kind, [0, 9, 5, 0, 7])
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(
+    kind=st.sampled_from(KINDS),
+    rows=st.lists(st.integers(0, 6), min_size=EXPERTS, max_size=EXPERTS),
+)
+def test_any_distribution_of_tokens_gives_the_oracles_gradients(kind: str, rows: list[int]) -> None:
+    if any(rows):
+        _compare(kind, rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_token_every_gradient_is_zero(kind: str) -> None:
+    bases = (
+        _base(kind, _random(EXPERTS, 2 * WIDTH, HIDDEN, seed=7))[0],
+        _base(kind, _random(EXPERTS, HIDDEN, WIDTH, seed=8))[0],
+    )
+    x, probabilities, a13, b13, a2, b2 = leaves = _leaves(0)
+    adapters = Adapter(a13, b13, SCALING), Adapter(a2, b2, SCALING)
+    expert_mlp(x, probabilities, [0] * EXPERTS, bases, adapters).sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(rows=st.integers(0, 9), columns=st.integers(1, 70), seed=st.integers(0, 99))
+def test_scaled_columns_are_float32_products_rounded_to_bfloat16(rows: int, columns: int, seed: int) -> None:
+    matrix = _random(rows, columns, seed=seed).to(torch.bfloat16)
+    scales = _random(columns, seed=seed + 100).abs() * 1e-3
+    expected = (matrix.float() * scales).to(torch.bfloat16)
+    scaler = ColumnScaler(columns, torch.bfloat16, torch.device("cpu"))
+    assert torch.equal(scaler(matrix, scales, torch.empty_like(matrix)), expected)
+    in_place = matrix.clone()
+    assert torch.equal(scaler(in_place, scales, in_place), expected)

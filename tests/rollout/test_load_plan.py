@@ -1,0 +1,107 @@
+"""What the engine is given of a checkpoint, found from its files alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.schema import RolloutConfig
+from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.quant.formats import FORMATS
+from qerl_rl.quant.quantize import quantize_checkpoint
+from qerl_rl.rollout.limits import check_groups
+from qerl_rl.rollout.load_plan import LoadPlan, local_tensors
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`stored(format, ...)` -> folder of a quantized model of one layer; options of quantize_checkpoint."""
+
+    def build(format: str, **options: Any) -> Path:
+        folder = tmp_path_factory.mktemp(format)
+        quantize_checkpoint(tiny_checkpoint("qwen3_moe", "bfloat16", layers=2), folder, format, **options)
+        return folder
+
+    return build
+
+
+@pytest.mark.parametrize("format", ["w4a16", "w4a8"])
+def test_int4_with_scales_of_whole_rows_is_dequantized(stored: Callable[..., Path], format: str) -> None:
+    plan = LoadPlan(stored(format, group_size=-1), "cpu")
+    assert plan.quantization_config() is None
+    assert not any(plan.engine_format(name) for name in plan.names())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_loaded_stands_for_the_same_weights(stored: Callable[..., Path], format: str) -> None:
+    folder = stored(format, group_size=32 if format.startswith("w4") else 0)
+    plan = LoadPlan(folder, "cpu")
+    loaded = dict(local_tensors(plan, frozenset()))
+    with CheckpointReader(folder) as reader:
+        for name in reader.weights():
+            run = plan.engine_format(name)
+            if run is None:
+                assert torch.equal(loaded[name], reader.weight(name, torch.bfloat16))
+            else:
+                parts = {part.suffix: loaded[name + part.suffix] for part in run.parts}
+                assert torch.equal(run.dequantize(parts), reader.weight(name))
+    described = plan.quantization_config()
+    if format in ("nvfp4", "mxfp4", "mxfp8"):
+        assert described is None
+        assert "dequantized" in plan.line()
+    else:
+        assert described is not None
+        # compressed-tensors' own reading of what vLLM is shown.
+        from compressed_tensors.quantization import QuantizationConfig
+
+        weights = QuantizationConfig.model_validate(described).config_groups["group_0"].weights
+        assert weights.num_bits == (8 if format == "w8a8" else 4)
+        assert described["format"] == ("int-quantized" if format == "w8a8" else "pack-quantized")
+
+
+def test_a_mixed_checkpoint_shows_the_engine_what_it_runs_natively(stored: Callable[..., Path]) -> None:
+    plan = LoadPlan(stored("mxfp4", attention="w8a8", keep_layers=[1]), "cpu")
+    described = plan.quantization_config()
+    assert described is not None
+    assert [group["weights"]["num_bits"] for group in described["config_groups"].values()] == [8]
+    runs = {name: plan.engine_format(name) for name in plan.names()}
+    assert {name for name, run in runs.items() if run} == {
+        f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qkvo"
+    }
+    assert "mxfp4 (groups of 32): dequantized" in plan.line()
+    assert "w8a8: native" in plan.line()
+
+
+def test_foreign_modules_are_not_read(stored: Callable[..., Path]) -> None:
+    plan = LoadPlan(stored("w4a16", group_size=32), "cpu")
+    names = {name.removesuffix(".weight") for name in plan.names()}
+    foreign = frozenset(name for name in names if ".experts." in name and name.split(".experts.")[1][0] != "3")
+    kept = dict(local_tensors(plan, foreign))
+    read = plan.reader.bytes_read
+    assert not [name for name in kept if ".experts." in name and ".experts.3." not in name]
+    everything = {name: plan.reader.get(name).nbytes for name in plan.reader}
+    expected = sum(count for name, count in everything.items() if name.rpartition(".")[0] not in foreign)
+    # The shape of a weight follows from its parts: it is written anew, not read.
+    assert read == expected - sum(everything[name] for name in kept if name.endswith("_shape"))
+
+
+def test_a_platform_without_a_kernel_says_what_to_quantize_to(stored: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="w4a16 or w4a8"):
+        LoadPlan(stored("nvfp4"), "910")
+
+
+def test_tensor_parallel_that_cuts_through_groups_is_refused(stored: Callable[..., Path]) -> None:
+    plan, layout = LoadPlan(stored("w4a16", group_size=64), "cpu"), RolloutConfig(tensor_parallel=2, data_parallel=1)
+    check_groups(plan, layout)
+    with pytest.raises(ConfigError, match=r"rollout.expert_parallel to true"):
+        check_groups(plan, dataclasses.replace(layout, expert_parallel=False))
+    with pytest.raises(ConfigError, match="a divisor of 2"):
+        check_groups(plan, dataclasses.replace(layout, tensor_parallel=4))
+    # What is dequantized has no groups left to cut.
+    check_groups(LoadPlan(stored("mxfp4"), "cpu"), dataclasses.replace(layout, tensor_parallel=4))
