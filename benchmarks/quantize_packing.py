@@ -1,6 +1,6 @@
 """Quantizing and packing experts: our throughput over compressed-tensors' own, on the same tensors.
 
-Both get the weights of 32 experts and give what a checkpoint holds, bit for bit the same (checked). The library works a
+Both get the weights of 8 experts and give what a checkpoint holds, bit for bit the same (checked). The library works a
 matrix at a time, as it does for a model of Linear modules: scales from each group's extremes, then its compressor. Each
 has an untimed run first (the library compiles its FP4 rounding then), then they take turns on the same threads.
 """
@@ -17,8 +17,8 @@ from benchmarks.figures import Figure
 from qerl_rl.quant.formats import Format, get_format
 from tests.quant.library import library_compress
 
-EXPERTS, ROWS, COLUMNS = 32, 1024, 1024
-REPEATS = 5
+EXPERTS, ROWS, COLUMNS = 8, 1024, 1024
+REPEATS = 3
 THREADS = 2
 BARS = {"w8a8": 2.0, "w4a16": 2.0, "w4a8": 2.0, "nvfp4": 5.0, "mxfp4": 5.0}
 

@@ -102,7 +102,8 @@ def _kept_layers(options: argparse.Namespace) -> set[int]:
 
 def _closing_line(options: argparse.Namespace, written: Written) -> str:
     sizes = f"{written.source_bytes / 2**20:.1f} -> {written.weight_bytes / 2**20:.1f} MiB"
-    lost = f"relative error {written.error:.4f}"
-    if written.error is None:
+    if written.error is not None:
+        lost = f"relative error {written.error:.4f}"
+    else:
         lost = "scaled and rounded by AWQ" if options.calibrate else "converted exactly"
     return f"Wrote {options.out}: {written.quantized} matrices in {options.format}, {sizes}, {lost}."

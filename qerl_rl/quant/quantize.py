@@ -129,12 +129,7 @@ def quantize_checkpoint(
     with CheckpointReader(source) as reader:
         config = read_config(source)
         described = config.pop("quantization_config", None)
-        tensors: Rounding | Int4Conversion
-        if described and described.get("quant_method") in INT4_METHODS:
-            tensors = Int4Conversion(reader, described, recipe.only_format())
-        else:
-            _check_source(reader, described)
-            tensors = Rounding(reader, recipe)
+        tensors = _tensors_of(reader, described, recipe)
         description = Description(recipe.of_experts) if layout == "msmodelslim" else None
         writer = ShardWriter(out, shard_bytes)
         for stale in ("config.json", ModelSlimFormats.file_name):
@@ -163,12 +158,18 @@ def quantize_checkpoint(
     return written
 
 
-def _check_source(reader: CheckpointReader, described: dict[str, Any] | None) -> None:
+def _tensors_of(
+    reader: CheckpointReader, described: dict[str, Any] | None, recipe: Recipe
+) -> Rounding | Int4Conversion:
+    """What gives the new checkpoint's tensors. Args: described: the source's `quantization_config`."""
+    if described and described.get("quant_method") in INT4_METHODS:
+        return Int4Conversion(reader, described, recipe.only_format())
     if described or any(reader.is_quantized(name) for name in reader):
         raise ConfigError(f"{reader.path} is quantized already.", fix="give the checkpoint in bfloat16 or float32")
     fused = next((name for name in reader if _FUSED_EXPERTS.search(name)), None)
     if fused:
         raise ConfigError(f"{reader.path} stores fused experts ({fused}).", fix="save one tensor for each expert")
+    return Rounding(reader, recipe)
 
 
 class Rounding:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qerl_rl.__main__ import main
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.quant.checkpoint import CheckpointReader, stored_format
 from qerl_rl.quant.int4 import W4A16Asymmetric
@@ -96,6 +97,13 @@ def test_converted_weights_are_the_same_numbers(kind: str, symmetric: bool, tmp_
             stored = {name.removeprefix(f"{NAME}."): reader.get(name) for name in reader if name.startswith(NAME)}
             assert torch.equal(library_decompress(format, stored), expected(*numbers_in))
         assert reader.format_of("model.layers.0.mlp.gate.weight") is None
+
+
+def test_command_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = awq(tmp_path / "source", symmetric=False)
+    assert main(["quantize", "--model", str(source), "--out", str(tmp_path / "out"), "--format", "w4a16"]) == 0
+    assert "1 matrices in w4a16" in (told := capsys.readouterr().out)
+    assert "converted exactly" in told
 
 
 def test_asymmetric_layout_is_the_librarys() -> None:
