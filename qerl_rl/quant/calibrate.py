@@ -11,6 +11,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.quantize import Recipe, Written
@@ -79,7 +81,11 @@ def _modifiers(recipe: Recipe, method: str) -> list[Any]:
     if method == "gptq":
         return [GPTQModifier(**groups)]
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
+    if not torch.accelerator.is_available():
+        # Its AWQ pins what it keeps, to bring it to a card faster; where there is none, torch refuses that.
+        IntermediatesCache.pin_memory = lambda *_: None
     return [AWQModifier(), QuantizationModifier(**groups)]
 
 

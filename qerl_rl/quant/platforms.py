@@ -30,8 +30,9 @@ _FROM_MSMODELSLIM = "vllm-ascend reads it from msmodelslim checkpoints only"
 TABLE: dict[tuple[str, str], Support] = {
     ("none", "cpu"): Support(NATIVE),
     ("w8a8", "cpu"): Support(NATIVE, "int8 products"),
+    # (But rows with a single scale, which are dequantized.)
     ("w4a16", "cpu"): Support(NATIVE, "int4 unpacked to int8 products in the kernel: activations become int8 too"),
-    ("w4a8", "cpu"): Support(DEQUANTIZED),
+    ("w4a8", "cpu"): Support(NATIVE, "in the kernel and layout of w4a16"),
     ("nvfp4", "cpu"): Support(DEQUANTIZED),
     ("mxfp4", "cpu"): Support(DEQUANTIZED),
     ("mxfp8", "cpu"): Support(DEQUANTIZED),
