@@ -23,13 +23,14 @@ def weighted_swiglu_backward(
     Returns: the first and the last in the type of hidden, the second float32.
     """
     gate, up = (part.float() for part in hidden.chunk(2, -1))
-    grad_hidden = torch.empty_like(hidden)
+    grad_hidden, gradient = torch.empty_like(hidden), gradient.float()
     grad_gate, grad_up = grad_hidden.chunk(2, -1)
-    weights = probabilities.unsqueeze(-1)
-    activated = F.silu(gate)
-    product, gradient = activated * up, gradient.float()
-    grad_probabilities = (gradient * product).sum(-1)
-    weighted = gradient * weights
-    grad_up.copy_(activated.mul_(weighted))
-    grad_gate.copy_(torch.ops.aten.silu_backward(weighted.mul_(up), gate))
-    return grad_hidden, grad_probabilities, product.mul_(weights).to(hidden.dtype)
+    sigmoid = torch.sigmoid(gate)
+    activated = gate * sigmoid
+    grad_probabilities = (gradient * activated).mul_(up).sum(-1)
+    weighted = gradient * probabilities.unsqueeze(-1)
+    grad_up.copy_(weighted * activated)
+    # d silu(g) / dg = sigmoid(g) + silu(g) * (1 - sigmoid(g))
+    slope = (1 - sigmoid).mul_(activated).add_(sigmoid)
+    grad_gate.copy_(slope.mul_(weighted.mul_(up)))
+    return grad_hidden, grad_probabilities, weighted_swiglu(hidden, probabilities)
