@@ -247,12 +247,14 @@ def _engine_report(
 
 def _activation_divergence(folder: Path, model: Any, sequences: list[Tensor]) -> float:
     """KL of what the HF model of `folder` computes and what it does with inputs of products in 8 bits, nats a token."""
-    formats = {format.name for format in _expert_formats(folder).values() if format is not None}
+    by_layer = _expert_formats(folder)
+    formats = {format.name for format in by_layer.values() if format is not None}
     if not formats:
         return 0.0
+    kept = frozenset(layer for layer, format in by_layer.items() if format is None)
     # On a CPU those of int4 weights become int8 too; of what is dequantized at load they do not, and less is expected.
     rounding = "mxfp8" if formats == {"mxfp8"} else "w8a8"
-    twin = Twin(model, get_format(rounding), weights=model)
+    twin = Twin(model, get_format(rounding), weights=model, kept=kept)
     with torch.no_grad():
         exact = logits(model, sequences)
     with twin.quantized(range(twin.layers)):
