@@ -7,58 +7,62 @@ has an untimed run first (the library compiles its FP4 rounding then), then they
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from benchmarks.figures import Figure
-from qerl_rl.quant.formats import Format, get_format
+from benchmarks.turns import median_seconds
+from qerl_rl.quant.formats import get_format
 from tests.quant.library import library_compress
 
 EXPERTS, ROWS, COLUMNS = 8, 1024, 1024
-REPEATS = 3
+TURNS, CALLS = 5, 3
 THREADS = 2
 BARS = {"w8a8": 2.0, "w4a16": 2.0, "w4a8": 2.0, "nvfp4": 5.0, "mxfp4": 5.0}
 
 
-def measure(repeats: int = REPEATS) -> list[Figure]:
+def measure(turns: int = TURNS) -> list[Figure]:
     """Ratios of throughputs, a format at a time, for experts in bfloat16 and in float32; prints both throughputs."""
-    torch.set_num_threads(THREADS)
-    generator = torch.Generator().manual_seed(0)
-    experts = torch.randn(EXPERTS, ROWS, COLUMNS, generator=generator) * 0.02
     figures = []
     for dtype in (torch.bfloat16, torch.float32):
         for name, bar in BARS.items():
-            ratio = _ratio(get_format(name), experts.to(dtype), repeats)
+            ratio = _ratio(name, dtype, turns)
             figures.append(Figure(f"quantize and pack {name} from {str(dtype)[6:]}", ratio, bar, at_least=True))
     return figures
 
 
-def _ratio(format: Format, experts: torch.Tensor, repeats: int) -> float:
-    def ours() -> list[dict[str, torch.Tensor]]:
+def _ratio(name: str, dtype: torch.dtype, turns: int) -> float:
+    mine, theirs = _ours(name, dtype)(), _library(name, dtype)()
+    for parts, expected in zip(mine, theirs, strict=True):
+        for suffix, tensor in parts.items():
+            if not torch.equal(tensor.view(torch.uint8), expected[f"weight{suffix}"].view(torch.uint8)):
+                raise AssertionError(f"{name}{suffix} differs from the library's")
+    contenders = {"ours": partial(_ours, name, dtype), "library": partial(_library, name, dtype)}
+    seconds = median_seconds(contenders, turns=turns, calls=CALLS)
+    million = EXPERTS * ROWS * COLUMNS / 1e6
+    rates = {who: million / value for who, value in seconds.items()}
+    print(f"  {name} {dtype}: {rates['ours']:.0f} M weights/s, the library {rates['library']:.0f}")
+    return seconds["library"] / seconds["ours"]
+
+
+def _experts(dtype: torch.dtype) -> torch.Tensor:
+    torch.set_num_threads(THREADS)
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(EXPERTS, ROWS, COLUMNS, generator=generator) * 0.02).to(dtype)
+
+
+def _ours(name: str, dtype: torch.dtype) -> Callable[[], list[dict[str, torch.Tensor]]]:
+    format, experts = get_format(name), _experts(dtype)
+
+    def run() -> list[dict[str, torch.Tensor]]:
         parts = format.quantize(experts)
         return [format.stored({suffix: part[i] for suffix, part in parts.items()}) for i in range(len(experts))]
 
-    def library() -> list[dict[str, torch.Tensor]]:
-        return [library_compress(format, expert) for expert in experts]
-
-    for mine, theirs in zip(ours(), library(), strict=True):
-        for suffix, tensor in mine.items():
-            if not torch.equal(tensor.view(torch.uint8), theirs[f"weight{suffix}"].view(torch.uint8)):
-                raise AssertionError(f"{format.name}{suffix} differs from the library's")
-    seconds: dict[str, list[float]] = {"ours": [], "library": []}
-    for _ in range(repeats):
-        for name, run in (("ours", ours), ("library", library)):
-            seconds[name].append(_seconds(run))
-    mine, theirs = (statistics.median(seconds[name]) for name in ("ours", "library"))
-    million = experts.numel() / 1e6
-    print(f"  {format.name} {experts.dtype}: {million / mine:.0f} M weights/s, the library {million / theirs:.0f}")
-    return theirs / mine
+    return run
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def _library(name: str, dtype: torch.dtype) -> Callable[[], list[dict[str, torch.Tensor]]]:
+    format, experts = get_format(name), _experts(dtype)
+    return lambda: [library_compress(format, expert) for expert in experts]

@@ -2,17 +2,15 @@
 
 The peer is Megatron-core's own SequentialMLP: the same experts in bfloat16, frozen, without adapters, whose backward
 gives the gradients of tokens and probabilities. Ours gives those too, adds the adapters' part and has their gradients.
-Both take the same 2,048 tokens, four experts a token, in turns; the shapes are those of one routing, so that oneDNN has
-compiled its kernels before anything is timed.
+Both take the same 2,048 tokens, four experts a token, in turns, each in its own process; the shapes are those of one
+routing, so that oneDNN has compiled its kernels before anything is timed.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ import torch.distributed
 import torch.nn.functional as F
 
 from benchmarks.figures import Figure
+from benchmarks.turns import median_seconds
 from qerl_rl.config.schema import LoraConfig, TrainConfig
 from qerl_rl.platform import detect, prepare_megatron
 from qerl_rl.quant.formats import get_format
@@ -28,50 +27,40 @@ HIDDEN, WIDTH, EXPERTS, EXPERTS_PER_TOKEN, TOKENS = 1024, 512, 32, 4, 2048
 LORA = LoraConfig(rank=16)
 FORMATS = {"int8": ("w8a8", 0), "int4, groups of 128": ("w4a16", 128)}
 BAR = 1.25
-REPEATS = 20
+TURNS, CALLS = 9, 4
 THREADS = 2
 
 
-def measure(repeats: int = REPEATS) -> list[Figure]:
-    """Ratios of times, medians of `repeats` turns; prints the times."""
-    torch.set_num_threads(THREADS)
-    with _one_rank():
-        weights = _weights()
-        peer = _peer(weights)
-        candidates = {name: _ours(weights, *format) for name, format in FORMATS.items()}
-        batch = _batch()
-        seconds: dict[str, list[float]] = {name: [] for name in ("peer", *candidates)}
-        for turn in range(repeats + 2):
-            for name, module in {"peer": peer, **candidates}.items():
-                elapsed = _seconds(lambda module=module: _step(module, *batch))
-                if turn >= 2:
-                    seconds[name].append(elapsed)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+def measure(turns: int = TURNS) -> list[Figure]:
+    """Ratios of times, medians of `turns`; prints the times."""
+    contenders = {"peer": partial(_contender, None), **{name: partial(_contender, f) for name, f in FORMATS.items()}}
+    median = median_seconds(contenders, turns=turns, calls=CALLS)
     print("  " + ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in median.items()))
     return [
         Figure(
             f"experts with LoRA over frozen bfloat16 ones, {name}", median[name] / median["peer"], BAR, at_least=False
         )
-        for name in candidates
+        for name in FORMATS
     ]
 
 
-@contextmanager
-def _one_rank() -> Iterator[None]:
+def _contender(format: tuple[str, int] | None) -> Callable[[], None]:
+    """A step of the experts in this format (None: of the peer's), in a process of its own."""
+    torch.set_num_threads(THREADS)
+    _one_rank()
+    weights, batch = _weights(), _batch()
+    module = _ours(weights, *format) if format else _peer(weights)
+    return lambda: _step(module, *batch)
+
+
+def _one_rank() -> None:
     """Megatron's groups, of this process alone."""
     prepare_megatron(detect("cpu"))
-    from megatron.core import parallel_state
-
     from qerl_rl.model.parallel import initialize_parallel
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     initialize_parallel(TrainConfig())
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 def _config() -> Any:
@@ -153,12 +142,6 @@ def _step(
     module.zero_grad()
     output, _ = module(tokens.detach().requires_grad_(), counts, probabilities.detach().requires_grad_())
     output.backward(gradient)
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

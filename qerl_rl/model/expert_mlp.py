@@ -1,4 +1,4 @@
-"""Frozen experts with adapters, forward and backward, one expert after the other.
+"""Frozen experts with adapters, forward and backward: each thread takes one expert after the other.
 
 What an expert's tokens pass through stays in the cache until it is the next one's turn; an expert's weights become
 floats just before a product needs them.
@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from qerl_rl.model.base_weight import Base
 from qerl_rl.model.grouped_linear import Adapter, GroupProduct, adapter_of, clear_idle, spans
 from qerl_rl.model.swiglu import weighted_swiglu, weighted_swiglu_backward
+from qerl_rl.platform.threads import on_threads
 from qerl_rl.quant.formats import Format
 
 
@@ -35,12 +36,17 @@ class _ExpertMlp(torch.autograd.Function):
         formats: tuple[Format | None, Format | None],
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
-        first, second = _products(tensors, formats, (a13, b13, a2, b2), scaling, x.dtype)
-        hidden, y = x.new_empty(x.size(0), first.outputs), torch.empty_like(x)
-        downs = x.new_empty(2, x.size(0), first.rank)
-        for group, span in spans(rows):
-            first.forward(x[span], group, hidden[span], downs[0, span])
-            second.forward(weighted_swiglu(hidden[span], probabilities[span]), group, y[span], downs[1, span])
+        matrices = (a13, b13, a2, b2)
+        hidden, y = x.new_empty(x.size(0), _bases(tensors, formats)[0].outputs), torch.empty_like(x)
+        downs = x.new_empty(2, x.size(0), 0 if a13 is None else a13.size(1))
+
+        def some_groups(share: list[tuple[int, slice]]) -> None:
+            first, second = _products(tensors, formats, matrices, scaling, x.dtype)
+            for group, span in share:
+                first.forward(x[span], group, hidden[span], downs[0, span])
+                second.forward(weighted_swiglu(hidden[span], probabilities[span]), group, y[span], downs[1, span])
+
+        on_threads(some_groups, _heaviest_first(rows))
         ctx.save_for_backward(x, probabilities, hidden, downs, a13, b13, a2, b2, *tensors)
         ctx.scaling, ctx.rows, ctx.formats = scaling, rows, formats
         return y
@@ -50,18 +56,32 @@ class _ExpertMlp(torch.autograd.Function):
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[Any, ...]:
         x, probabilities, hidden, downs, *rest = ctx.saved_tensors
         matrices, tensors, grad_y = rest[:4], rest[4:], grad_y.contiguous()
-        first, second = _products(tensors, ctx.formats, matrices, ctx.scaling, x.dtype)
         grad_x, grad_probabilities = torch.empty_like(x), torch.empty_like(probabilities)
         of_adapters = [torch.empty_like(matrix) for matrix in matrices if matrix is not None]
-        for group, span in spans(ctx.rows):
-            pre, own = hidden[span], probabilities[span]
-            grad_output, grad_down = second.grad_inputs(grad_y[span], group)
-            grad_pre, grad_probabilities[span], output = weighted_swiglu_backward(grad_output, pre, own)
-            second.grad_adapter(grad_y[span], output, downs[1, span], grad_down, group, of_adapters[2:])
-            _, grad_down = first.grad_inputs(grad_pre, group, out=grad_x[span])
-            first.grad_adapter(grad_pre, x[span], downs[0, span], grad_down, group, of_adapters[:2])
+
+        def some_groups(share: list[tuple[int, slice]]) -> None:
+            first, second = _products(tensors, ctx.formats, matrices, ctx.scaling, x.dtype)
+            for group, span in share:
+                pre, own = hidden[span], probabilities[span]
+                grad_output, grad_down = second.grad_inputs(grad_y[span], group)
+                grad_pre, grad_probabilities[span], output = weighted_swiglu_backward(grad_output, pre, own)
+                second.grad_adapter(grad_y[span], output, downs[1, span], grad_down, group, of_adapters[2:])
+                _, grad_down = first.grad_inputs(grad_pre, group, out=grad_x[span])
+                first.grad_adapter(grad_pre, x[span], downs[0, span], grad_down, group, of_adapters[:2])
+
+        on_threads(some_groups, _heaviest_first(ctx.rows))
         clear_idle(ctx.rows, of_adapters)
         return grad_x, grad_probabilities, *(of_adapters or [None] * 4), *[None] * (3 + len(tensors))
+
+
+def _heaviest_first(rows: list[int]) -> list[tuple[int, slice]]:
+    """(group, its rows): dealt out in this order, threads get about as many rows."""
+    return sorted(spans(rows), key=lambda item: item[1].start - item[1].stop)
+
+
+def _bases(tensors: Sequence[torch.Tensor], formats: tuple[Format | None, Format | None]) -> tuple[Base, Base]:
+    count = len(formats[0].parts) if formats[0] else 1
+    return Base(tuple(tensors[:count]), formats[0]), Base(tuple(tensors[count:]), formats[1])
 
 
 def _products(
@@ -71,8 +91,7 @@ def _products(
     scaling: float,
     dtype: torch.dtype,
 ) -> tuple[GroupProduct, GroupProduct]:
-    count = len(formats[0].parts) if formats[0] else 1
-    first, second = Base(tuple(tensors[:count]), formats[0]), Base(tuple(tensors[count:]), formats[1])
+    first, second = _bases(tensors, formats)
     a13, b13, a2, b2 = matrices
     return (
         GroupProduct(first, adapter_of(a13, b13, scaling), dtype),

@@ -80,7 +80,10 @@ class Format(ABC):
         flat = out.flatten(0, -2)
 
         def encode_some(some: slice) -> None:
-            scaled = rows[some].float().unflatten(-1, (steps.shape[-2], -1)) / steps[some]
+            weights = rows[some].unflatten(-1, (steps.shape[-2], -1))
+            # A float32 copy is ours to overwrite.
+            exact = weights.dtype == torch.float32
+            scaled = weights / steps[some] if exact else weights.float().div_(steps[some])
             flat[some] = self._rounded(scaled).view(flat[some].shape)
 
         in_blocks(encode_some, len(rows), width)
@@ -88,7 +91,10 @@ class Format(ABC):
 
     @abstractmethod
     def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Elements of the first part, contiguous, of weights divided by their steps (float32, may be overwritten)."""
+        """Elements of the first part (integers may come as floats) of weights divided by their steps, float32.
+
+        What it gets may be overwritten; what it gives is contiguous.
+        """
 
     @abstractmethod
     def steps(self, parts: Parts) -> torch.Tensor:

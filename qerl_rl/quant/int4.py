@@ -39,7 +39,7 @@ class _Int4(Format):
         return parts["_scale"].float()
 
     def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
-        return scaled.clamp_(-8, 7).round_().to(torch.int8)
+        return scaled.clamp_(-8, 7).round_()
 
     def _multiplied(self, values: torch.Tensor, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         """Values [..., N, K] in the scale's dtype, which are overwritten, times their scales."""
@@ -57,7 +57,7 @@ class W4A16(_Int4):
         self.parts = (Part("_packed", torch.int32, 8), self._scale_part)
 
     def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
-        return pack_nibbles(super()._rounded(scaled).add_(8).view(torch.uint8)).view(torch.int32)
+        return pack_nibbles(super()._rounded(scaled).add_(8.0).to(torch.uint8)).view(torch.int32)
 
     def dequantize(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         packed, scale = parts["_packed"].contiguous().view(torch.uint8), parts["_scale"]

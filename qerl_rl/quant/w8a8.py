@@ -21,7 +21,7 @@ class W8A8(Format):
         return {"_scale": library_scales(largest_of_groups(weight, 0), self.scheme().weights)}
 
     def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
-        return scaled.clamp_(-128, 127).round_().to(torch.int8)
+        return scaled.clamp_(-128, 127).round_()
 
     def steps(self, parts: Parts) -> torch.Tensor:
         return parts["_scale"]
