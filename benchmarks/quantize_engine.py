@@ -150,11 +150,11 @@ def _rows(speeds: dict[tuple[str, int], list[float]]) -> list[Figure]:
         print(f"{what}: " + ", ".join(f"{n} {statistics.median(s):.0f}" for (n, b), s in speeds.items() if b == batch))
         for name in ("w8a8", "w4a16"):
             ratio = statistics.median(own / other for own, other in zip(speeds[name, batch], base, strict=True))
-            bar = {(16, "w8a8"): 1.5, (16, "w4a16"): 1.5, (0, "w8a8"): 2.0}.get((batch, name), 0.0)
+            bar = {(16, "w8a8"): 1.5, (16, "w4a16"): 1.5, (0, "w8a8"): 2.0}.get((batch, name))
             rows.append(Figure(f"engine {what}: {name} / bf16", ratio, bar, at_least=True))
         both = zip(speeds["w8a8, adapters", batch], speeds["w8a8", batch], strict=True)
         ratio = statistics.median(own / other for own, other in both)
-        rows.append(Figure(f"engine {what}: w8a8 with adapters / without", ratio, 0.0, at_least=True))
+        rows.append(Figure(f"engine {what}: w8a8 with adapters / without", ratio, None, at_least=True))
     slow = speeds.get((f"bf16{WITHOUT}", 0))
     if slow:
         ratio = statistics.median(o / b for o, b in zip(speeds[f"w8a8{WITHOUT}", 0], slow, strict=True))
