@@ -18,7 +18,8 @@ Prepare = Callable[[], Callable[[], object]]
 def median_seconds(contenders: Mapping[str, Prepare], *, turns: int, calls: int) -> dict[str, float]:
     """Median over `turns` of the mean time of `calls` calls, by contender; two calls before are not counted."""
     context = multiprocessing.get_context("spawn")
-    running, seconds = {}, {name: [] for name in contenders}  # type: ignore[var-annotated]
+    running: dict[str, tuple[Any, Any]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for name, prepare in contenders.items():
         here, there = context.Pipe()
         process = context.Process(target=_serve, args=(prepare, there), daemon=True)

@@ -42,19 +42,17 @@ class Recipe:
     attention: str = ""
     keep_layers: frozenset[int] = frozenset()
     group_size: int = 0
-    _formats: dict[bool, Format | None] = field(init=False, repr=False, compare=False)
+    of_experts: Format = field(init=False, repr=False, compare=False)
+    """The format of the routed experts."""
+    _of_others: Format | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         of_experts = get_format(self.format, self.group_size)
         others = {"": of_experts, "none": None}.get(self.attention, of_experts)
         if self.attention not in ("", "none", self.format):
             others = get_format(self.attention)
-        object.__setattr__(self, "_formats", {True: of_experts, False: others})
-
-    @property
-    def of_experts(self) -> Format:
-        """The format of the routed experts."""
-        return self._formats[True]  # type: ignore[return-value]
+        object.__setattr__(self, "of_experts", of_experts)
+        object.__setattr__(self, "_of_others", others)
 
     def only_format(self) -> Format:
         """The format of all; for what can't be chosen for each weight. Raises: ConfigError where that is asked for."""
@@ -70,14 +68,14 @@ class Recipe:
         found = _QUANTIZED.search(name)
         if found is None or int(found[1]) in self.keep_layers:
             return None
-        return self._formats[_ROUTED_EXPERT.search(name) is not None]
+        return self.of_experts if _ROUTED_EXPERT.search(name) else self._of_others
 
     def quantization_config(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
         ignore = list(_NEVER)
         if self.keep_layers:
             ignore.append(rf"re:.*\.layers\.({'|'.join(map(str, sorted(self.keep_layers)))})\..*")
-        of_experts, others = self.of_experts, self._formats[False]
+        of_experts, others = self.of_experts, self._of_others
         if others is None:
             ignore.append(_OTHERS_TARGET)
         if others is None or others is of_experts:

@@ -16,6 +16,7 @@ import torch
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.quant.checkpoint import CheckpointReader, read_config
 from qerl_rl.quant.formats import Format, get_format
+from qerl_rl.quant.int4 import W4A16Asymmetric
 from qerl_rl.quant.platforms import CONVERT, DEQUANTIZED, support
 from qerl_rl.quant.stored import format_of_group
 
@@ -54,6 +55,9 @@ class LoadPlan:
         return None if format is None else self._as_run(format)
 
     def _as_run(self, format: Format) -> Format | None:
+        if isinstance(format, W4A16Asymmetric):
+            # Kernels that know zero points are few, and none of them can be merged into.
+            return None
         if self.platform == "cpu" and format.name in ("w4a16", "w4a8"):
             # The same numbers in the layout of the int4 kernel, which computes with int8 activations either way and
             # knows no scales of whole rows.
@@ -112,7 +116,13 @@ class LoadPlan:
         if "Linear" not in targets:
             return targets
         names = [name for name in self.names() if self.reader.is_quantized(name)]
-        return [name.removesuffix(".weight") for name in names if self.reader.format_of(name) is format]
+        kind = (type(format), format.group_size)
+        formats = {name: self.reader.format_of(name) for name in names}
+        return [
+            name.removesuffix(".weight")
+            for name, found in formats.items()
+            if found is not None and (type(found), found.group_size) == kind
+        ]
 
     def line(self) -> str:
         """What a run says of it."""
@@ -124,7 +134,8 @@ class LoadPlan:
         how, run = support(format.name, self.platform), self._as_run(format)
         groups = f" (groups of {format.group_size})" if format.group_size else ""
         if run is None:
-            return f"{format.name}{groups}: dequantized to bfloat16 at load, {self.platform} has no kernel of it"
+            zeros = " with zero points" if isinstance(format, W4A16Asymmetric) else ""
+            return f"{format.name}{zeros}{groups}: dequantized to bfloat16 at load, {self.platform} has no kernel of it"
         if run.name != format.name:
             return f"{format.name}{groups}: native, in the layout of {run.name}"
         return f"{format.name}{groups}: native{', ' + how.note if how.note else ''}"

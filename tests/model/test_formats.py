@@ -16,9 +16,9 @@ from qerl_rl.config.schema import LoraConfig, TrainConfig
 from qerl_rl.layout.blocks import ParallelSizes
 from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.model.formats import check_format_layout, stored_formats
-from qerl_rl.quant.checkpoint import CheckpointReader, ShardWriter
-from qerl_rl.quant.int4 import W4A16Asymmetric
+from qerl_rl.quant.checkpoint import CheckpointReader
 from tests.model import harness
+from tests.quant.converted import as_from_awq
 from tests.ranks import RankPool
 
 LAYOUTS = {
@@ -59,21 +59,6 @@ def _held_in_all(folders: dict[str, Path], layouts: dict[str, TrainConfig]) -> d
     return {(name, layout): _held(folders[name], train) for layout, train in layouts.items() for name in folders}
 
 
-def _as_from_awq(symmetric: Path, source: Path, folder: Path) -> Path:
-    """What a converted AWQ checkpoint holds: zero points, of eight rows in an int32, and float16 scales."""
-    format, writer = W4A16Asymmetric(32, torch.float16), ShardWriter(folder)
-    with CheckpointReader(symmetric) as quantized, CheckpointReader(source) as floats:
-        for name in floats:
-            stored = format.stored(format.quantize(floats.get(name))) if quantized.is_quantized(name) else {}
-            for suffix, tensor in (stored or {"": floats.get(name)}).items():
-                writer.add(name + suffix, tensor)
-    writer.finish()
-    config = json.loads((symmetric / "config.json").read_text())
-    config["quantization_config"] = format.quantization_config(config["quantization_config"]["ignore"])
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folders(
     tiny_checkpoint: Callable[..., Path],
@@ -82,7 +67,7 @@ def folders(
 ) -> dict[str, Path]:
     source = tiny_checkpoint("qwen2_moe", **SIZES)
     found = {name: tiny_quantized(source, format, **options) for name, (format, options) in FORMATS.items()}
-    return found | {AWQ: _as_from_awq(found["W4A16"], source, tmp_path_factory.mktemp("asymmetric"))}
+    return found | {AWQ: as_from_awq(found["W4A16"], source, tmp_path_factory.mktemp("asymmetric"))}
 
 
 @pytest.fixture(scope="module")

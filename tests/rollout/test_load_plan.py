@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qerl_rl.quant.formats import FORMATS
 from qerl_rl.quant.quantize import quantize_checkpoint
 from qerl_rl.rollout.limits import check_groups
 from qerl_rl.rollout.load_plan import LoadPlan, local_tensors
+from tests.quant.converted import as_from_awq
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,38 @@ def test_a_mixed_checkpoint_shows_the_engine_what_it_runs_natively(stored: Calla
     }
     assert "mxfp4 (groups of 32): dequantized" in plan.line()
     assert "w8a8: native" in plan.line()
+
+
+def test_a_group_that_targets_a_class_is_dequantized_beside_one_that_names_modules(
+    stored: Callable[..., Path],
+) -> None:
+    folder = stored("mxfp4", attention="w8a8")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = ["Linear"]
+    (folder / "config.json").write_text(json.dumps(config))
+    plan = LoadPlan(folder, "cpu")
+    described = plan.quantization_config()
+    assert described is not None
+    assert list(described["config_groups"]) == ["group_1"]
+    # vLLM refuses a module that no group targets, unless it is ignored.
+    experts = {name.removesuffix(".weight") for name in plan.names() if ".experts." in name}
+    assert experts
+    assert experts <= set(described["ignore"])
+    assert not [name for name in described["ignore"] if "self_attn" in name]
+
+
+def test_int4_with_zero_points_is_dequantized(
+    stored: Callable[..., Path], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("qwen3_moe", "bfloat16", layers=2)
+    plan = LoadPlan(as_from_awq(stored("w4a16", group_size=32), source, tmp_path), "cpu")
+    assert plan.quantization_config() is None
+    assert "w4a16 with zero points (groups of 32): dequantized" in plan.line()
+    loaded = dict(local_tensors(plan, frozenset()))
+    quantized = [name for name in plan.names() if plan.reader.is_quantized(name)]
+    assert quantized
+    for name in quantized:
+        assert torch.equal(loaded[name], plan.reader.weight(name, torch.bfloat16))
 
 
 def test_foreign_modules_are_not_read(stored: Callable[..., Path]) -> None:
