@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qerl_rl.config.schema import Config
-from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.layout.architecture import MoeArchitecture
 from transfer_dock import TransferDock
 
 COLUMNS = {

@@ -17,7 +17,7 @@ from qerl_rl.config.schema import Config
 from qerl_rl.data.pairs import load_pairs
 from qerl_rl.data.prompts import Prompt, PromptSet, held_out, load_prompts
 from qerl_rl.data.source import PromptSource
-from qerl_rl.model.architecture import MoeArchitecture, check_layout
+from qerl_rl.layout.architecture import MoeArchitecture, check_layout
 from qerl_rl.model.formats import check_checkpoint
 from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.rewards import load_rewards

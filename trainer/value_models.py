@@ -7,9 +7,9 @@ from typing import Any
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.loader import LoadedConfig
-from qerl_rl.model.architecture import MoeArchitecture, check_layout
+from qerl_rl.layout.architecture import MoeArchitecture, check_layout
+from qerl_rl.layout.slots import SCORE
 from qerl_rl.model.formats import check_checkpoint
-from qerl_rl.model.slots import SCORE
 from qerl_rl.quant.checkpoint import CheckpointReader
 
 

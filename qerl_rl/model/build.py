@@ -23,16 +23,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from qerl_rl.config.schema import LoraConfig, TrainConfig
+from qerl_rl.layout.architecture import MoeArchitecture, check_layout
 from qerl_rl.layout.blocks import ParallelSizes
+from qerl_rl.layout.slots import LANGUAGE_MODEL, VALUE, padded_vocabulary
 from qerl_rl.model.adapted import LayerWeights
-from qerl_rl.model.architecture import MoeArchitecture, check_layout
 from qerl_rl.model.experts import StackedExperts
 from qerl_rl.model.formats import SlotFormats, check_format_layout
 from qerl_rl.model.linear import ColumnLinear, RowLinear
 from qerl_rl.model.lora import initialize_adapters
 from qerl_rl.model.parallel import current_sizes, initialize_parallel
 from qerl_rl.model.routing_replay import ReplayingLayer, ReplayingMoELayer
-from qerl_rl.model.slots import LANGUAGE_MODEL, VALUE, padded_vocabulary
 from qerl_rl.model.value_head import ValueHead
 from qerl_rl.platform.torch_modules import PackedAttention, RMSNorm
 from qerl_rl.quant.formats import Format

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import TrainConfig
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
-from qerl_rl.model.architecture import MoeArchitecture
-from qerl_rl.model.slots import Slot, weight_slots
+from qerl_rl.layout.slots import Slot, weight_slots
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.formats import Format
 

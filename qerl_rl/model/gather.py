@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 
 from qerl_rl.layout.blocks import Coordinates, ParallelSizes
-from qerl_rl.model.slots import Slot
+from qerl_rl.layout.slots import Slot
 
 
 def gather_slots(

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 import torch
 
+from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.slots import Slot, adapter_slots, find_tensor
 from qerl_rl.model.adapted import AdaptedModule
-from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.model.gather import gather_slots
 from qerl_rl.model.parallel import all_coordinates, current_coordinates, current_sizes
-from qerl_rl.model.slots import Slot, adapter_slots, find_tensor
 
 
 @torch.no_grad()

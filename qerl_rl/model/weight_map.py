@@ -9,13 +9,13 @@ import torch
 import torch.distributed
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import Coordinates, ParallelSizes
+from qerl_rl.layout.slots import Piece, Slot, find_tensor, weight_slots
 from qerl_rl.model.adapted import AdaptedModule
-from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.model.formats import described, same_format
 from qerl_rl.model.gather import gather_slots
 from qerl_rl.model.parallel import all_coordinates, current_coordinates, current_sizes
-from qerl_rl.model.slots import Piece, Slot, find_tensor, weight_slots
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.formats import Format, Part
 

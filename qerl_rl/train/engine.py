@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from qerl_rl.config.schema import Config
-from qerl_rl.model.slots import LANGUAGE_MODEL
+from qerl_rl.layout.slots import LANGUAGE_MODEL
 from qerl_rl.quant.noise import Noise
 from qerl_rl.train import checkpoint, export
 from qerl_rl.train.background import BackgroundJob

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from qerl_rl.config.schema import LoraConfig
-from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.quant.checkpoint import ShardWriter, read_config
 from qerl_rl.train.export_check import check_adapters, check_merged
 

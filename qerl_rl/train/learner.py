@@ -148,8 +148,8 @@ class LearningEngine(ModelEngine):
     def _regrouped(self, folder: str | Path, meta: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """This rank's share of a checkpoint that another layout wrote."""
         from qerl_rl.layout.blocks import Coordinates, ParallelSizes
+        from qerl_rl.layout.slots import trained_slots
         from qerl_rl.model.parallel import current_coordinates, current_sizes
-        from qerl_rl.model.slots import trained_slots
         from qerl_rl.train.regroup import full_state, local_state
 
         written, layers = meta["layout"], self.architecture.layers

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from qerl_rl.config.schema import Config
-from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.model.formats import stored_formats
 from qerl_rl.platform import detect, prepare_megatron
 from qerl_rl.quant.checkpoint import CheckpointReader
@@ -28,7 +28,7 @@ class ModelEngine:
     Runs on every rank; the caller has initialised the default process group. All methods are collective, and ranks of
     one data-parallel rank pass the same samples. Engines of one process share Megatron's groups, never a store.
 
-    Args: head: what its output layer gives, `qerl_rl.model.slots.LANGUAGE_MODEL` or `VALUE`. store: takes what leaves
+    Args: head: what its output layer gives, `qerl_rl.layout.slots.LANGUAGE_MODEL` or `VALUE`. store: takes what leaves
         memory; by default an unlinked file in the folder for temporary files.
     Raises: ConfigError for a model or a layout that can't be used.
     """

@@ -13,7 +13,7 @@ import torch
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.layout.blocks import Coordinates, ParallelSizes
-from qerl_rl.model.slots import Slot
+from qerl_rl.layout.slots import Slot
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from qerl_rl.config.schema import Config
-from qerl_rl.model.slots import VALUE
+from qerl_rl.layout.slots import VALUE
 from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.train.learner import LearningEngine
 from qerl_rl.train.model_engine import ModelEngine

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qerl_rl.config.errors import ConfigError
-from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.quant.base import Format
 from qerl_rl.quant.checkpoint import CheckpointReader, stored_format
 from qerl_rl.quant.formats import WHOLE_ROW, get_format

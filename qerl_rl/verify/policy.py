@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qerl_rl.config.schema import Config, LoraConfig, ModelConfig, QuantConfig, TrainConfig
-from qerl_rl.model.slots import LANGUAGE_MODEL
+from qerl_rl.layout.slots import LANGUAGE_MODEL
 from qerl_rl.platform import detect
 from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.train.model_engine import ModelEngine

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from qerl_rl.config.schema import LoraConfig, TrainConfig
-from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.platform import detect, prepare_megatron
 from qerl_rl.quant.checkpoint import CheckpointReader
 from tests.ranks import fresh_world

@@ -13,8 +13,8 @@ import torch
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import LoraConfig, TrainConfig
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
-from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.model.formats import check_format_layout, stored_formats
 from qerl_rl.quant.checkpoint import CheckpointReader
 from tests.model import harness

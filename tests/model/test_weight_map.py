@@ -119,7 +119,7 @@ def _problems(folders: dict[str, Path]) -> dict[str, str]:
     found = {}
     for name, folder in folders.items():
         harness.start(TrainConfig())
-        from qerl_rl.model.architecture import MoeArchitecture
+        from qerl_rl.layout.architecture import MoeArchitecture
         from qerl_rl.model.build import build_model
         from qerl_rl.model.weight_map import load_hf
         from qerl_rl.quant.checkpoint import CheckpointReader

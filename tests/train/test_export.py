@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qerl_rl.config.schema import LoraConfig
-from qerl_rl.model.architecture import MoeArchitecture
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.train.export import peft_config, unfused
 from tests.train.models import make_config, make_samples, policy_gradient, share, start_engine
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from qerl_rl.config.schema import LoraConfig
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import Block, ParallelSizes
-from qerl_rl.model.architecture import MoeArchitecture
 from qerl_rl.quant.formats import Part
 
 FIRST_STAGE = -1
