@@ -9,7 +9,6 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -70,17 +69,6 @@ class Noise:
         """What takes the noise out of a router's input: float32 clean / noisy, 1 where both are 0."""
         exact = clean.float()
         return torch.where(noisy == 0, torch.ones_like(exact), exact / noisy)
-
-
-def scaled_input(factors: torch.Tensor) -> Any:
-    """A hook that multiplies a module's first argument [..., H] by `factors` [H], in float32."""
-
-    def scale(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *others = inputs
-        # In one operation: a decoding step has so few tokens that each further one would show.
-        return (torch.mul(hidden, factors, out=torch.empty_like(hidden)), *others)
-
-    return scale
 
 
 def gaussian(seed: int, step: int, name: str, shape: tuple[int, ...]) -> np.ndarray:

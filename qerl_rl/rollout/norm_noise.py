@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qerl_rl.quant.noise import Noise, scaled_input
+from qerl_rl.quant.noise import Noise
 
 NOISY = re.compile(r"\b(layers\.\d+\.(?:input|post_attention)_layernorm)$")
 ROUTERS = ("mlp.gate", "block_sparse_moe.gate")
@@ -30,7 +30,7 @@ class NormNoise:
     def __init__(self, model: torch.nn.Module) -> None:
         modules = dict(model.named_modules())
         self._norms: dict[str, _Norm] = {}
-        self._hooks: list[Any] = []
+        self._exempt: list[torch.nn.Module] = []
         for path, module in modules.items():
             found = NOISY.search(path)
             if found:
@@ -48,13 +48,44 @@ class NormNoise:
         would be rounded away on weights about 1.
         Raises: RuntimeError when routers shall be exempt from the noise and none is found.
         """
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        for router in self._exempt:
+            router.quant_method = router.quant_method.base
+        self._exempt = []
         for name, norm in self._norms.items():
             norm.module.weight.data = noise.on(name, norm.clean) if noise.sigma else norm.clean
             if noise.sigma and noise.exempt_router and norm.router is not None:
                 correction = noise.router_correction(norm.module.weight.data, norm.clean)
-                self._hooks.append(norm.router.register_forward_pre_hook(scaled_input(correction)))
-        if noise.sigma and noise.exempt_router and not self._hooks:
+                norm.router.quant_method = _NoiseFreeRouter(norm.router, correction)
+                self._exempt.append(norm.router)
+        if noise.sigma and noise.exempt_router and not self._exempt:
             raise RuntimeError("no router found in the engine's model: its module names are not those expected")
+
+
+class _NoiseFreeRouter:
+    """A router's quant method that takes the noise out of its input: its weight's columns are multiplied by `factors`.
+
+    In float32, which on a CPU is also the faster product for the few columns that a router has.
+    """
+
+    def __init__(self, router: Any, factors: torch.Tensor) -> None:
+        self.base = router.quant_method
+        self._weight = _transposed_weight(router).mul_(factors[:, None])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        logits = torch.mm(x.float(), self._weight)
+        return (logits if bias is None else logits + bias).to(x.dtype)
+
+
+def _transposed_weight(router: Any) -> torch.Tensor:
+    """float32 [hidden, experts], exactly the router's numbers.
+
+    A CPU layer has handed its weight to a kernel that shows it no more, so it is asked for its answers to unit vectors.
+    """
+    if router.weight.numel():
+        return router.weight.t().float()
+    dtype, rows = router.weight.dtype, torch.arange(router.input_size).split(512)
+    units = (torch.nn.functional.one_hot(some, router.input_size).to(dtype) for some in rows)
+    return torch.cat([router.quant_method.apply(router, unit).float() for unit in units])

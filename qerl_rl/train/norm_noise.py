@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
-from qerl_rl.quant.noise import Noise, scaled_input
+from qerl_rl.quant.noise import Noise
 
 
 @contextmanager
@@ -29,5 +30,15 @@ def _add(
     norm.weight.data = noisy
     stack.callback(setattr, norm.weight, "data", clean)
     if router is not None and noise.exempt_router:
-        hook = router.register_forward_pre_hook(scaled_input(noise.router_correction(noisy, clean)))
+        hook = router.register_forward_pre_hook(_scaled_input(noise.router_correction(noisy, clean)))
         stack.callback(hook.remove)
+
+
+def _scaled_input(factors: torch.Tensor) -> Any:
+    """A hook that multiplies a module's first argument [..., H] by `factors` [H], in float32."""
+
+    def scale(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *others = inputs
+        return ((hidden * factors).to(hidden.dtype), *others)
+
+    return scale

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.noise import Noise
 from tests.ranks import run_engines
 from tests.rollout.scenes import (
@@ -44,7 +45,7 @@ def _scene(folder: Path) -> dict[str, Any]:
     seen["cold"] = generate(engine, GROUPS, temperature=0.5)
     seen["full"] = plain(list(engine.generate([request(7, length=MAX_LENGTH - 3)])))
     _adapters(engine, folder, seen)
-    _noise(engine, seen)
+    _noise(engine, folder, seen)
     _kv_cache(engine, seen)
     _refusals(engine, folder, seen)
     return seen
@@ -62,7 +63,7 @@ def _adapters(engine: Any, folder: Path, seen: dict[str, Any]) -> None:
     seen["adapters gone"] = generate(engine, GROUPS, samples=3)
 
 
-def _noise(engine: Any, seen: dict[str, Any]) -> None:
+def _noise(engine: Any, folder: Path, seen: dict[str, Any]) -> None:
     for name, (sigma, step) in {
         "noise": (0.05, 1),
         "noise, step 2": (0.05, 2),
@@ -72,19 +73,23 @@ def _noise(engine: Any, seen: dict[str, Any]) -> None:
     }.items():
         engine.set_noise(Noise(sigma, seed=3, step=step))
         seen[name] = generate(engine, GROUPS, samples=3)
-    seen["router gaps"] = {exempt: _router_gap(engine, exempt) for exempt in (False, True)}
+    seen["router gaps"] = {exempt: _router_gap(engine, folder, exempt) for exempt in (False, True)}
 
 
-def _router_gap(engine: Any, exempt: bool) -> float:
-    """How far what the first layer's router sees is from its norm without noise, over the largest number there."""
+def _router_gap(engine: Any, folder: Path, exempt: bool) -> float:
+    """How far the first layer's router's logits are from those of its norm without noise, over the largest of them."""
     model = engine._engine.model_executor.driver_worker.worker.model_runner.model
     layer, pairs = model.model.layers[0], []
     norm, clean = layer.post_attention_layernorm, layer.post_attention_layernorm.weight.data
+    with CheckpointReader(folder) as reader:
+        router = reader.get("model.layers.0.mlp.gate.weight").float()
     engine.set_noise(Noise(0.05, seed=3, step=1, exempt_router=exempt))
     noisy = norm.weight.data
     hooks = [
-        norm.register_forward_hook(lambda module, inputs, output: pairs.append(output[0].float() / noisy * clean)),
-        layer.mlp.gate.register_forward_hook(lambda module, inputs, output: pairs.append(inputs[0].float())),
+        norm.register_forward_hook(
+            lambda module, inputs, output: pairs.append(output[0].float() / noisy * clean @ router.t())
+        ),
+        layer.mlp.gate.register_forward_hook(lambda module, inputs, output: pairs.append(output[0].float())),
     ]
     generate(engine, GROUPS)
     for hook in hooks:
