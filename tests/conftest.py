@@ -13,7 +13,17 @@ from qerl_rl.make_model.random_model import MoeSizes, save_random_checkpoint
 from qerl_rl.quant.quantize import quantize_checkpoint
 from tests.ranks import RankPool
 
+LAUNCHES = ("tests/trainer/", "tests/examples/")
+"""Where tests start whole runs, which mostly wait for processes to start."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under pytest-xdist (`make test`) the whole runs are one process's tests, all others another's: what a session
+    builds once for many tests is then still built once."""
+    for item in items:
+        of_launches = item.path.relative_to(config.rootpath).as_posix().startswith(LAUNCHES)
+        item.add_marker(pytest.mark.xdist_group("launches" if of_launches else "parts"))
 
 
 @pytest.fixture(scope="session")
