@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 from qerl_rl.config.schema import Config
 from qerl_rl.layout.slots import LANGUAGE_MODEL
+from qerl_rl.platform.state_store import StateStore
 from qerl_rl.quant.noise import Noise
 from qerl_rl.train import checkpoint, export
 from qerl_rl.train.background import BackgroundJob
 from qerl_rl.train.learner import EngineSnapshot, LearningEngine
 from qerl_rl.train.norm_noise import noisy_norms
-from qerl_rl.train.offload import StateStore
 from qerl_rl.train.replay_metrics import replay_metrics
 from qerl_rl.train.samples import Samples
 
@@ -60,7 +60,7 @@ class TrainEngine(LearningEngine):
         are those of the policy with that noise on its layer norms. Tokens go to samples.routed_experts, in all of them.
         Raises: ValueError for adapters=False where everything trains: the reference is gone.
         """
-        self._require_state("log_probs")
+        self._require_parameters("log_probs")
         if not adapters and not self.has_adapters:
             raise ValueError("adapters=False needs adapters: with lora.rank=0 the base itself has been trained")
         from qerl_rl.model.lora import adapters_disabled
@@ -77,7 +77,7 @@ class TrainEngine(LearningEngine):
 
     def gather_adapters(self) -> dict[str, torch.Tensor]:
         """All adapters, unsharded, float32, in the exchange format; on every rank."""
-        self._require_state("gather_adapters")
+        self._require_parameters("gather_adapters")
         if not self.has_adapters:
             return {}
         from qerl_rl.model.lora import gather_adapters
