@@ -128,10 +128,14 @@ class SwapConfig:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How the base weights are stored; the checkpoint must agree."""
+    """How the base weights are stored; the checkpoint must agree. With lora.rank=0 the checkpoint is not quantized, and
+    this is what the rollout engine rounds the trained weights to."""
 
     format: str = "w8a8"
     """w8a8, w4a16, w4a8, nvfp4, mxfp4, mxfp8 or none; docs/quantization.md says what each stores, and what runs it."""
+    group_size: int = 0
+    """With lora.rank=0: weights of a row that share a scale, where the format has a choice; 0 takes its own, -1 is the
+    whole row."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
 from qerl_rl.layout.slots import Slot, weight_slots
 from qerl_rl.quant.checkpoint import CheckpointReader
-from qerl_rl.quant.formats import Format
+from qerl_rl.quant.formats import Format, Part
+from qerl_rl.quant.quantize import Recipe
 
 SlotFormats = Mapping[tuple[int, str], Format]
 """(layer, name of the slot) -> the format of the weight; floats have no entry."""
@@ -27,6 +28,32 @@ def stored_formats(reader: CheckpointReader, architecture: MoeArchitecture) -> S
         if slot.quantizable and (format := _format_of(slot, reader)):
             found[slot.layer, slot.name] = format
     return found
+
+
+def rounded_formats(architecture: MoeArchitecture, recipe: Recipe | None) -> SlotFormats:
+    """The formats that a checkpoint of floats gets by `recipe` (None: it stays floats).
+
+    Raises: ConfigError when the rows of a weight can't be cut into groups of its format.
+    """
+    found = {}
+    for slot in weight_slots(architecture, ParallelSizes()) if recipe else ():
+        format = recipe.format_of(slot.pieces[0].name) if recipe and slot.quantizable else None
+        if format is None:
+            continue
+        for part in format.parts:
+            _check_part(slot, format, part)
+        found[slot.layer, slot.name] = format
+    return found
+
+
+def _check_part(slot: Slot, format: Format, part: Part) -> None:
+    try:
+        part.shape(slot.block.shape)
+    except ValueError as error:
+        raise ConfigError(
+            f"{slot.pieces[0].name} can't be rounded to {described(format)}: {error}.",
+            fix="set quant.group_size or quant.format to one whose groups fit, or quant.format to w8a8",
+        ) from None
 
 
 def _format_of(slot: Slot, reader: CheckpointReader) -> Format | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.schema import QuantConfig
 from qerl_rl.quant.base import quantization_config
 from qerl_rl.quant.checkpoint import SHARD_BYTES, CheckpointReader, ShardWriter, read_config
 from qerl_rl.quant.formats import Format, get_format
@@ -85,6 +86,14 @@ class Recipe:
             "group_1": others.config_group([_OTHERS_TARGET]),
         }
         return quantization_config(groups, ignore)
+
+
+def recipe_of(quant: QuantConfig) -> Recipe | None:
+    """How weights are rounded that were trained as floats; None where the engine computes with floats.
+
+    Raises: ConfigError for a format that has no groups of quant.group_size.
+    """
+    return None if quant.format == "none" else Recipe(quant.format, group_size=quant.group_size)
 
 
 @dataclass

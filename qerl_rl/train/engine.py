@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from qerl_rl.config.schema import Config
-from qerl_rl.layout.slots import LANGUAGE_MODEL
+from qerl_rl.layout.slots import LANGUAGE_MODEL, adapter_slots, weight_slots
+from qerl_rl.model.formats import rounded_formats
 from qerl_rl.quant.noise import Noise
+from qerl_rl.quant.quantize import recipe_of
 from qerl_rl.train import checkpoint, export
 from qerl_rl.train.background import BackgroundJob
 from qerl_rl.train.learner import EngineSnapshot, LearningEngine
@@ -23,6 +25,9 @@ from qerl_rl.train.norm_noise import noisy_norms
 from qerl_rl.train.offload import StateStore
 from qerl_rl.train.replay_metrics import replay_metrics
 from qerl_rl.train.samples import Samples
+
+if TYPE_CHECKING:
+    from qerl_rl.train.shard_source import OnFinished, ShardSource
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,41 @@ class TrainEngine(LearningEngine):
         return None if found is None else TokenScores(found[0], found[1], replay)
 
     # ---- adapters and checkpoints
+
+    def weight_source(self, on_finished: OnFinished | None = None) -> ShardSource:
+        """The trained weights of this rank as the rollout engine holds them, for one transfer.
+
+        Local names are those of the model's parameters, with the suffix of the part where config.quant rounds a weight;
+        what is not rounded has the type rollout.dtype. Collective.
+        Args: on_finished: called with (name, parameter) when a parameter has been read for the last time.
+        Raises: ValueError where adapters train: the base never moves.
+        """
+        self._require_state("weight_source")
+        if self.has_adapters:
+            raise ValueError("weight_source() is for lora.rank=0: over a frozen base the adapters move, not the base")
+        from qerl_rl.model.build import DTYPES
+        from qerl_rl.model.parallel import current_sizes
+        from qerl_rl.train.shard_source import ShardSource
+
+        return ShardSource(
+            self.model,
+            self.architecture,
+            weight_slots(self.architecture, current_sizes()),
+            formats=rounded_formats(self.architecture, recipe_of(self.config.quant)),
+            dtype=DTYPES[self.config.rollout.dtype],
+            on_finished=on_finished,
+        )
+
+    def adapter_source(self, on_finished: OnFinished | None = None) -> ShardSource:
+        """The adapters of this rank, by the names and in the type of its parameters, for one transfer.
+
+        Args: on_finished: as for `weight_source`.
+        """
+        self._require_state("adapter_source")
+        from qerl_rl.train.shard_source import ShardSource
+
+        slots = adapter_slots(self.architecture, self.config.lora) if self.has_adapters else []
+        return ShardSource(self.model, self.architecture, slots, on_finished=on_finished)
 
     def gather_adapters(self) -> dict[str, torch.Tensor]:
         """All adapters, unsharded, float32, in the exchange format; on every rank."""
