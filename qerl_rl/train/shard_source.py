@@ -58,6 +58,11 @@ class ShardSource:
             self._weights[path] = weight
         _agree_on_largest(self._weights.values())
 
+    @property
+    def names(self) -> list[str]:
+        """The local names that are not finished, in the order of the model."""
+        return list(self._names)
+
     def read(self, local: str) -> torch.Tensor:
         """The tensor of this name; the parts of a weight are made together when the first of them is asked for.
 
