@@ -100,22 +100,24 @@ class ActorHybridWorker:
 
     def _load_models(self) -> tuple[TrainEngine, dict[str, ModelEngine]]:
         """The policy, and what takes turns with it; each is out of memory while the next one loads."""
+        from qerl_rl.platform import detect
+        from qerl_rl.platform.state_store import state_store
         from qerl_rl.train.engine import TrainEngine
-        from qerl_rl.train.offload import SpillFile
         from qerl_rl.train.value_engine import RewardModelEngine, ValueEngine
 
         # Beside the run's other files: the folder for temporary files may itself be memory.
         folder = self.config.run.output_dir
         Path(folder).mkdir(parents=True, exist_ok=True)
-        train = TrainEngine(self.config, SpillFile(folder))
+        device = detect(self.config.train.device)
+        train = TrainEngine(self.config, state_store(device, folder))
         beside: dict[str, ModelEngine] = {}
         if self._has_critic:
             train.offload()
-            self.critic = beside[CRITIC] = ValueEngine(self.config, SpillFile(folder))
+            self.critic = beside[CRITIC] = ValueEngine(self.config, state_store(device, folder))
         if self.config.reward_model.on_the_cards:
             for engine in (train, *beside.values()):
                 engine.offload()
-            self.reward_model = beside[REWARD_MODEL] = RewardModelEngine(self.config, SpillFile(folder))
+            self.reward_model = beside[REWARD_MODEL] = RewardModelEngine(self.config, state_store(device, folder))
         return train, beside
 
     @property

@@ -130,6 +130,14 @@ def _check_noise(config: Config) -> Fault:
     return key, f"{key}=noisy, but {why}.", f"set {key} to clean"
 
 
+def _check_swap(config: Config) -> Fault:
+    """What leaves memory at a swap, where there is none."""
+    key = "swap.release_weights"
+    if config.swap.release_weights and config.rollout.ahead:
+        return key, f"{key}=true, but rollout.ahead=true keeps both engines at work.", f"set {key} to false"
+    return None
+
+
 def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -315,6 +323,7 @@ CHECKS = (
     _check_rollouts,
     _check_correction,
     _check_noise,
+    _check_swap,
     _check_batches,
     _check_algorithm,
     _check_critic,

@@ -52,6 +52,8 @@ class ModelConfig:
     """Folder with the HF config, the tokenizer and the (quantized) safetensors."""
     max_length: int = 512
     """Tokens of prompt and response together."""
+    share_base: str = "auto"
+    """auto (a process stores frozen weights once where both engines can read one layout of them) or never."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,25 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class SwapConfig:
-    """What leaves memory when the other engine has the card."""
+    """What leaves memory when the other engine has the card, how weights move, and how what arrived is checked.
+
+    A check that runs `first` runs at the first swap of each process: at a run's start, and after each resume.
+    """
 
     offload_parameters: bool = True
     offload_gradients: bool = True
     offload_optimizer: bool = True
     release_kv_cache: bool = True
+    release_weights: bool = False
+    """The engine's weights leave memory as well while the trainer has the card, and are read back for the rollout."""
+    bucket_bytes: int = 67108864
+    """Most bytes that one rank sends and receives in one collective; a swap takes twice as much memory for staging."""
+    checksum: str = "first"
+    """Compare a sum of what the trainer sent with one of what each engine got: never, first or always."""
+    canary: str = "first"
+    """Let both engines score the same tokens after a swap and compare their log-probs: never, first or always."""
+    canary_tolerance: float = 0.5
+    """Mean |difference| of those log-probs, in nats a token, from which on the swap counts as broken."""
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from qerl_rl.config.schema import Config
 from qerl_rl.layout.slots import LANGUAGE_MODEL, adapter_slots, weight_slots
 from qerl_rl.model.formats import rounded_formats
+from qerl_rl.platform.state_store import StateStore
 from qerl_rl.quant.noise import Noise
 from qerl_rl.quant.quantize import recipe_of
 from qerl_rl.train import checkpoint, export
 from qerl_rl.train.background import BackgroundJob
 from qerl_rl.train.learner import EngineSnapshot, LearningEngine
 from qerl_rl.train.norm_noise import noisy_norms
-from qerl_rl.train.offload import StateStore
 from qerl_rl.train.replay_metrics import replay_metrics
 from qerl_rl.train.samples import Samples
 
@@ -65,7 +65,7 @@ class TrainEngine(LearningEngine):
         are those of the policy with that noise on its layer norms. Tokens go to samples.routed_experts, in all of them.
         Raises: ValueError for adapters=False where everything trains: the reference is gone.
         """
-        self._require_state("log_probs")
+        self._require_parameters("log_probs")
         if not adapters and not self.has_adapters:
             raise ValueError("adapters=False needs adapters: with lora.rank=0 the base itself has been trained")
         from qerl_rl.model.lora import adapters_disabled
@@ -88,7 +88,7 @@ class TrainEngine(LearningEngine):
         Args: on_finished: called with (name, parameter) when a parameter has been read for the last time.
         Raises: ValueError where adapters train: the base never moves.
         """
-        self._require_state("weight_source")
+        self._require_parameters("weight_source")
         if self.has_adapters:
             raise ValueError("weight_source() is for lora.rank=0: over a frozen base the adapters move, not the base")
         from qerl_rl.model.build import DTYPES
@@ -109,7 +109,7 @@ class TrainEngine(LearningEngine):
 
         Args: on_finished: as for `weight_source`.
         """
-        self._require_state("adapter_source")
+        self._require_parameters("adapter_source")
         from qerl_rl.train.shard_source import ShardSource
 
         slots = adapter_slots(self.architecture, self.config.lora) if self.has_adapters else []
@@ -117,7 +117,7 @@ class TrainEngine(LearningEngine):
 
     def gather_adapters(self) -> dict[str, torch.Tensor]:
         """All adapters, unsharded, float32, in the exchange format; on every rank."""
-        self._require_state("gather_adapters")
+        self._require_parameters("gather_adapters")
         if not self.has_adapters:
             return {}
         from qerl_rl.model.lora import gather_adapters

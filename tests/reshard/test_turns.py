@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from qerl_rl.config.schema import Config, NoiseConfig, RewardModelConfig, RunConfig, SwapConfig
+from qerl_rl.platform.state_store import SpillFile
 from qerl_rl.quant.noise import Noise
 from qerl_rl.reshard.ledger import CRITIC, POLICY, REWARD_MODEL
-from qerl_rl.train.offload import SpillFile
 from qerl_rl.train.value_engine import RewardModelEngine, ValueEngine
 from tests.train.models import make_config, make_samples, policy_gradient, start_engine
 from tests.train.test_value_engine import classifier, returning, value_loss
