@@ -330,6 +330,12 @@ class Config:
         return self.algorithm.name != "dpo" or self.eval.every > 0
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the trainer takes log-probs of the first policy. With adapters it costs no memory and tells how far
+        the policy went; a model that trains whole keeps its first weights only where something learns from them."""
+        return self.lora.rank > 0 or self.algorithm.kl_coefficient > 0 or self.algorithm.name == "dpo"
+
+    @property
     def train_data_parallel(self) -> int:
         """Data-parallel ranks of the trainer."""
         return self.cluster.workers // (self.train.tensor_parallel * self.train.pipeline_parallel)
