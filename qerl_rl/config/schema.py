@@ -176,6 +176,7 @@ class LoraConfig:
     """The adapters: the only weights that train over a quantized base."""
 
     rank: int = 16
+    """0 has none: every weight trains (docs/full_training.md), and the other keys of this section have no effect."""
     alpha: float = 32.0
     attention: bool = True
     experts: bool = True

@@ -17,6 +17,9 @@ from qerl_rl.quant.quantize import Recipe
 SlotFormats = Mapping[tuple[int, str], Format]
 """(layer, name of the slot) -> the format of the weight; floats have no entry."""
 
+SMALLER_GROUPS = "set quant.group_size smaller, or quant.format to one of smaller groups, or to w8a8"
+"""What helps where weights that train can't be rounded in groups."""
+
 
 def stored_formats(reader: CheckpointReader, architecture: MoeArchitecture) -> SlotFormats:
     """The formats of a checkpoint's weights. One may differ from layer to layer, and attention's from the experts'.
@@ -52,7 +55,7 @@ def _check_part(slot: Slot, format: Format, part: Part) -> None:
     except ValueError as error:
         raise ConfigError(
             f"{slot.pieces[0].name} can't be rounded to {described(format)}: {error}.",
-            fix="set quant.group_size or quant.format to one whose groups fit, or quant.format to w8a8",
+            fix=SMALLER_GROUPS,
         ) from None
 
 
@@ -87,8 +90,16 @@ def described(format: Format | None) -> str:
     return f"{format.name} in groups of {format.group_size}" if format.group_size else format.name
 
 
-def check_format_layout(architecture: MoeArchitecture, formats: SlotFormats, sizes: ParallelSizes) -> None:
-    """Raise ConfigError when a rank would get part of a group of weights that share a scale, or part of a byte."""
+def check_format_layout(
+    architecture: MoeArchitecture,
+    formats: SlotFormats,
+    sizes: ParallelSizes,
+    fix: str = "quantize the model in smaller groups",
+) -> None:
+    """Raise ConfigError when a rank would get part of a group of weights that share a scale, or part of a byte.
+
+    Args: fix: what helps beside another layout.
+    """
     for slot in weight_slots(architecture, sizes):
         block, format = slot.block, formats.get((slot.layer, slot.name))
         if format is None or block.split_dim != len(block.shape) - 1:
@@ -103,14 +114,22 @@ def check_format_layout(architecture: MoeArchitecture, formats: SlotFormats, siz
             raise ConfigError(
                 f"train.{key}={ways} cuts the {width} columns of {slot.pieces[0].name} into {width // ways}, "
                 f"but {described(format)} stores {together} together.",
-                fix=f"{ways_out}quantize the model in smaller groups",
+                fix=f"{ways_out}{fix}",
             )
+
+
+def check_rounding(architecture: MoeArchitecture, recipe: Recipe | None, train: TrainConfig) -> None:
+    """Raise ConfigError when weights that train in the layout of `train` can't be rounded by `recipe` in shards."""
+    check_format_layout(architecture, rounded_formats(architecture, recipe), _sizes(train), SMALLER_GROUPS)
 
 
 def check_checkpoint(path: str | Path, architecture: MoeArchitecture, train: TrainConfig) -> None:
     """Raise ConfigError when a checkpoint's formats can't be read, or can't be cut as the layout of `train` would."""
-    sizes = ParallelSizes(
+    with CheckpointReader(path) as reader:
+        check_format_layout(architecture, stored_formats(reader, architecture), _sizes(train))
+
+
+def _sizes(train: TrainConfig) -> ParallelSizes:
+    return ParallelSizes(
         train.tensor_parallel, train.pipeline_parallel, train.expert_parallel, train.expert_tensor_parallel
     )
-    with CheckpointReader(path) as reader:
-        check_format_layout(architecture, stored_formats(reader, architecture), sizes)
