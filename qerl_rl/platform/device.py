@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import resource
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol
 
 import psutil
 import torch
 
 from qerl_rl.config.errors import ConfigError
+
+_POLL_SECONDS = 50e-6
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,27 @@ class Device:
     def pinned(self, count: int) -> torch.Tensor:
         """uint8 [count] of host memory that the device can copy to and from by itself."""
         return torch.empty(count, dtype=torch.uint8, device="cpu", pin_memory=self.name != "cpu")
+
+    @property
+    def shares_host_memory(self) -> bool:
+        """Whether its tensors lie in memory of the host, which the processes of a machine can share."""
+        return self.name == "cpu"
+
+    def wait(self, work: torch.distributed.Work, timeout_s: float) -> None:
+        """Wait for a collective that was started with async_op.
+
+        Raises: TimeoutError, or the RuntimeError of the backend, when it fails or takes longer than `timeout_s`.
+        """
+        if self.name == "cpu":
+            work.wait(timedelta(seconds=timeout_s))
+            return
+        # There `wait` only queues: the stream waits, not the process, and nobody would see the deadline pass.
+        deadline = time.monotonic() + timeout_s
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nothing in {timeout_s} s")
+            time.sleep(_POLL_SECONDS)
+        work.wait()
 
     def memory(self) -> MemoryStatistics:
         """Memory of this process on the device; on a CPU its resident set, which other libraries share."""
