@@ -49,6 +49,10 @@ class LoadPlan:
         runs = [(format, self._as_run(format)) for format in self._formats.values()]
         return all(run is not None and run.name == format.name for format, run in runs)
 
+    def stored_format(self, weight: str) -> Format | None:
+        """The format that a weight comes in; None: floats."""
+        return self.reader.format_of(weight)
+
     def engine_format(self, weight: str) -> Format | None:
         """The format that the engine computes with for a weight of the checkpoint; None: floats."""
         format = self.reader.format_of(weight)
