@@ -196,19 +196,25 @@ class Rounding:
         tensor, format = self._reader.get(name), self._recipe.format_of(name)
         if format is None:
             return None, {"": tensor}
+        parts = self.parts(name, tensor)
+        exact = tensor.float()
+        self._whole += exact.square().sum().item()
+        self._lost += format.dequantize(parts).sub_(exact).square_().sum().item()
+        return format, format.stored(parts)
+
+    def parts(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parts, as in memory, of the weight `name` that the recipe has a format for. Args: tensor: what it is."""
+        format = self._recipe.format_of(name)
+        assert format is not None
         largest = self._largest_of_fused(name) if any(part.per_matrix for part in format.parts) else None
         try:
-            parts = format.quantize(tensor, largest)
+            return format.quantize(tensor, largest)
         except ValueError as error:
             raise ConfigError(
                 f"{name} can't be stored as {format.name}: {error}.",
                 fix="choose another group size (--group-size) or format, or keep the layer (--keep-layers)",
                 where=str(self._reader.path),
             ) from None
-        exact = tensor.float()
-        self._whole += exact.square().sum().item()
-        self._lost += format.dequantize(parts).sub_(exact).square_().sum().item()
-        return format, format.stored(parts)
 
     def _largest_of_fused(self, name: str) -> torch.Tensor:
         """The largest |weight| of the matrices that engines fuse with this one, itself among them."""
