@@ -97,6 +97,14 @@ def with_routing(stages: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]
     return {stage: (*columns, column) if (column := read.get(stage)) else columns for stage, columns in stages.items()}
 
 
+def without_reference(stages: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """The stages where there is no reference, so that nobody writes its log-probs."""
+    return {
+        stage: tuple(column for column in columns if column != "reference_log_probs")
+        for stage, columns in stages.items()
+    }
+
+
 def column_types(config: Config) -> dict[str, str]:
     """COLUMNS, with experts' numbers in a type that holds those of the model."""
     types = dict(COLUMNS)
@@ -110,6 +118,8 @@ def create_dock(config: Config, stages: Mapping[str, Sequence[str]], restore: Pa
 
     Args: restore: a file with what was left in it when a checkpoint was written.
     """
+    if not config.has_reference:
+        stages = without_reference(stages)
     if config.reward_model.on_the_cards:
         stages = with_model_scores(stages)
     if config.rollout.carry_prompts:

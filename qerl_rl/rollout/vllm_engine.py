@@ -30,7 +30,9 @@ from qerl_rl.rollout.merge import MergedAdapters, merges_adapters
 from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
 from qerl_rl.rollout.routing import no_experts, routing_engine
+from qerl_rl.rollout.score import score
 from qerl_rl.rollout.weight_memory import drop_unused_copies, weight_bytes
+from qerl_rl.rollout.weight_target import WeightTarget
 
 
 class VllmEngine:
@@ -39,7 +41,8 @@ class VllmEngine:
     Construct it on every rank of tensor_parallel x data_parallel, with the default process group (gloo) initialised and
     RANK and LOCAL_RANK set; a single process needs neither. With expert_parallel, data-parallel ranks step together;
     without, each of them is an engine of its own. max_length: tokens of prompt and response together.
-    record_routing: outputs say which experts each token went to (routing replay).
+    record_routing: outputs say which experts each token went to (routing replay). quantize_to: the format that the
+    weights of a float checkpoint are rounded to when they are loaded (full training); None takes them as they are.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class VllmEngine:
         max_length: int,
         seed: int,
         record_routing: bool = False,
+        quantize_to: str | None = None,
     ) -> None:
         check_expert_sizes(model_path, rollout)
         configure_environment()
@@ -64,7 +68,7 @@ class VllmEngine:
             from qerl_rl.rollout.vllm_patches import apply_patches, platform_name
 
             apply_patches()
-            self._plan = LoadPlan(model_path, platform_name())
+            self._plan = LoadPlan(model_path, platform_name(), quantize_to)
             check_groups(self._plan, rollout)
             arguments = _engine_args(self._plan, rollout, max_length, seed)
             self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
@@ -77,6 +81,7 @@ class VllmEngine:
             self._adapters = MergedAdapters(runner.model, self._engine.vllm_config, self._plan, lora, seed, world_size)
         elif lora.attention or lora.experts:
             self._adapters = AdapterSet(runner.model, lora)
+        self._weight_target: WeightTarget | None = None
         self._noise = NormNoise(runner.model)
         self._no_experts = no_experts(self._engine) if record_routing else None
         self._kv_cache = KvCacheMemory(runner.kv_caches)
@@ -179,6 +184,38 @@ class VllmEngine:
         taken = self._adapters.update(tensors, step)
         self._engine.reset_prefix_cache()
         return taken
+
+    def weight_target(self) -> WeightTarget:
+        """Where another policy's weights go, in this rank's shards (full training); call its `finish` at the end.
+
+        Noise is taken away, and cached prefixes are forgotten at the end. Raises: RuntimeError on an engine with
+        adapters, which change the weights that it was built with.
+        """
+        if self._adapters is not None:
+            raise RuntimeError("weight_target() on an engine with adapters: set lora.rank to 0")
+        self.set_noise(Noise())
+        if self._weight_target is None:
+            self._weight_target = WeightTarget(
+                self.model, self._engine.vllm_config, self._plan, self._engine.reset_prefix_cache
+            )
+        return self._weight_target
+
+    def score(self, tokens: Sequence[np.ndarray], *, temperature: float | None = None) -> list[np.ndarray]:
+        """Log-probs of given tokens, float32 [n - 1] for int32 [n]: of each but the first, given those before it.
+
+        As `generate` would give them with nothing left out by top_p and top_k (temperature: None takes
+        rollout.temperature, 0 the logits). Collective like `generate`: ranks that share experts step together, also
+        where they score nothing. Raises: RuntimeError while the KV cache is released or samples are being generated;
+        ValueError for fewer than 2 tokens or max_length of them.
+        """
+        if self._kv_cache.nbytes == 0 or self._engine.output_processor.has_unfinished_requests():
+            raise RuntimeError("score() needs the KV cache, and no samples being generated beside it")
+        wrong = next((len(row) for row in tokens if not 2 <= len(row) < self._max_length), None)
+        if wrong is not None:
+            raise ValueError(f"score() takes 2 to {self._max_length - 1} tokens, not {wrong}")
+        rows = score(self._engine, tokens, self._rollout.temperature if temperature is None else temperature)
+        self._engine.reset_prefix_cache()
+        return rows
 
     @property
     def description(self) -> str:

@@ -55,7 +55,8 @@ class ModelEngine:
             self.model = build_model(self.architecture, config.train, lora, formats, head=head, seed=config.run.seed)
             """The GPTModel of this rank."""
             load_hf(self.model, reader, self.architecture)
-        self._offloader = Offloader(store or state_store(device))
+        self._store = store or state_store(device)
+        self._offloader = Offloader(self._store)
 
     # ---- where this rank is
 
