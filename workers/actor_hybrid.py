@@ -94,7 +94,7 @@ class ActorHybridWorker:
             seed=self.config.run.seed,
             record_routing=self.config.router_replay.is_on,
         )
-        self.swap = Swap(self.train, self.rollout, self.config.swap, self.config.noise, self.config.run, beside)
+        self.swap = Swap(self.train, self.rollout, self.config, beside)
         self._generation: BackgroundJob[dict[str, Any]] = BackgroundJob("generation")
         self.rollout.release_kv_cache()
 

@@ -86,9 +86,10 @@ def transfer(plan: RankPlan, source: Source, target: Target, exchange: Exchange)
     for step in steps[:1]:
         step.send(exchange)
     for step, following in zip(steps, [*steps[1:], None], strict=True):
+        # Copies first: a source that this bucket reads may end with what the next one sends of it.
+        step.copy()
         if following is not None:
             following.send(exchange)
-        step.copy()
         step.receive(exchange)
         step.end()
     with report.stage("wait"):

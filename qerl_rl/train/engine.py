@@ -101,7 +101,7 @@ class TrainEngine(LearningEngine):
         Args: on_finished: called with (name, parameter) when a parameter has been read for the last time.
         Raises: ValueError where adapters train: the base never moves.
         """
-        self._require_parameters("weight_source")
+        self._require_trained("weight_source")
         if self.has_adapters:
             raise ValueError("weight_source() is for lora.rank=0: over a frozen base the adapters move, not the base")
         from qerl_rl.model.build import DTYPES
@@ -122,7 +122,7 @@ class TrainEngine(LearningEngine):
 
         Args: on_finished: as for `weight_source`.
         """
-        self._require_parameters("adapter_source")
+        self._require_trained("adapter_source")
         from qerl_rl.train.shard_source import ShardSource
 
         slots = adapter_slots(self.architecture, self.config.lora) if self.has_adapters else []
@@ -130,7 +130,7 @@ class TrainEngine(LearningEngine):
 
     def gather_adapters(self) -> dict[str, torch.Tensor]:
         """All adapters, unsharded, float32, in the exchange format; on every rank."""
-        self._require_parameters("gather_adapters")
+        self._require_trained("gather_adapters")
         if not self.has_adapters:
             return {}
         from qerl_rl.model.lora import gather_adapters

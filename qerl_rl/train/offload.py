@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -44,6 +45,7 @@ class Offloader:
     def __init__(self, store: StateStore) -> None:
         self._store = store
         self._pieces: dict[int, _Piece] = {}
+        self._slots = itertools.count()
         self._leaving: deque[tuple[list[_Piece], Pending]] = deque()
         self._returning: deque[tuple[list[_Piece], Pending]] = deque()
 
@@ -59,7 +61,7 @@ class Offloader:
             if key in self._pieces or tensor.dim() == 0:
                 continue
             _check_resizable(kind, storage)
-            self._pieces[key] = _Piece(kind, storage, len(self._pieces), frozen)
+            self._pieces[key] = _Piece(kind, storage, next(self._slots), frozen)
 
     def _of(self, kind: str) -> Iterator[_Piece]:
         return (piece for piece in self._pieces.values() if piece.kind == kind)
@@ -152,6 +154,11 @@ class Offloader:
     def is_away(self) -> bool:
         """Whether anything is out of memory, or leaves it."""
         return any(piece.away for piece in self._pieces.values())
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether the parameters that train can be read."""
+        return not any(piece.away and not piece.frozen for piece in self._of("parameters"))
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes in memory now, by kind."""
