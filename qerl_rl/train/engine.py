@@ -101,7 +101,7 @@ class TrainEngine(LearningEngine):
         Args: on_finished: called with (name, parameter) when a parameter has been read for the last time.
         Raises: ValueError where adapters train: the base never moves.
         """
-        self._require_parameters("weight_source")
+        self._require_trained("weight_source")
         if self.has_adapters:
             raise ValueError("weight_source() is for lora.rank=0: over a frozen base the adapters move, not the base")
         from qerl_rl.model.build import DTYPES
@@ -122,7 +122,7 @@ class TrainEngine(LearningEngine):
 
         Args: on_finished: as for `weight_source`.
         """
-        self._require_parameters("adapter_source")
+        self._require_trained("adapter_source")
         from qerl_rl.train.shard_source import ShardSource
 
         slots = adapter_slots(self.architecture, self.config.lora) if self.has_adapters else []
