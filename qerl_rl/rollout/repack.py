@@ -13,6 +13,14 @@ from typing import Any
 import torch
 
 
+def packed_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The modules of vLLM's model by their paths, as the names of their parameters have them in any version.
+
+    Routed experts are a module of their own in newer ones.
+    """
+    return {path.removesuffix(".routed_experts"): module for path, module in model.named_modules()}
+
+
 def unpacked_parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What this module's parameters were before they were packed, as meta tensors.
 
@@ -29,7 +37,8 @@ def unpacked_parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def repack(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Give `module` these parameters, of the names and shapes of `unpacked_parameters`, and let its kernels pack them.
 
-    What is missing (the shape that int4 weights carry beside them) stays as it is.
+    What a checkpoint holds once a matrix may come once a row [..., N, 1]. What is missing (the shape that int4 weights
+    carry beside them) stays as it is.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -51,8 +60,19 @@ def repack(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor]) -
         for name, tensor in {**kept, **tensors}.items():
             if name != "bias":
                 parameter = getattr(module, name)
-                parameter.weight_loader(parameter, tensor)
+                parameter.weight_loader(parameter, once_a_matrix(tensor, parameter))
         finalize_layerwise_reload(module, vllm_config.model_config)
+
+
+def once_a_matrix(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the shape of `parameter`: numbers [..., N, 1] that are the same for all rows become one a matrix.
+
+    The parameter has one for each of those that are fused in it ([3] of q, k and v; [E, 2] of gate and up).
+    """
+    if tensor.shape == parameter.shape:
+        return tensor
+    value = tensor[..., 0, :]
+    return value.expand(parameter.shape) if value.dim() == parameter.dim() else value.flatten()
 
 
 def _take(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:

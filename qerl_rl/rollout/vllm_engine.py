@@ -7,7 +7,8 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,22 @@ import torch
 import torch.distributed as dist
 
 from qerl_rl.config.schema import LoraConfig, RolloutConfig
+from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.engine import EngineLayout
+from qerl_rl.layout.tensors import Adapters, Tensors, Weights, full_tensors
 from qerl_rl.quant.noise import Noise
 from qerl_rl.quant.requantize import Survival
 from qerl_rl.rollout.adapters import AdapterSet
 from qerl_rl.rollout.collector import Collector, unfinished_samples
-from qerl_rl.rollout.engine import GroupOutput, GroupRequest
+from qerl_rl.rollout.engine import GroupOutput, GroupRequest, LiveTarget
 from qerl_rl.rollout.environment import configure_environment
+from qerl_rl.rollout.full_tensors import exchange_format, put
 from qerl_rl.rollout.kv_cache import KvCacheMemory
 from qerl_rl.rollout.limits import check_expert_sizes, check_groups
 from qerl_rl.rollout.load_plan import LoadPlan
 from qerl_rl.rollout.loader import loader_options
-from qerl_rl.rollout.merge import MergedAdapters, merges_adapters
+from qerl_rl.rollout.merge import MergedAdapters, has_adapters, merges_adapters
+from qerl_rl.rollout.merge_shards import ShardFinder
 from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
 from qerl_rl.rollout.routing import no_experts, routing_engine
@@ -76,10 +82,14 @@ class VllmEngine:
         drop_unused_copies(runner.model)
         self._weights = weight_bytes(runner.model)
         self._adapters: AdapterSet | MergedAdapters | None = None
+        self._architecture = MoeArchitecture.from_folder(model_path)
+        self._rank, self._adapter_kinds = dist.get_rank() if dist.is_initialized() else 0, Adapters(lora)
         if merges_adapters(runner.model, lora):
-            world_size = rollout.tensor_parallel * rollout.data_parallel
-            self._adapters = MergedAdapters(runner.model, self._engine.vllm_config, self._plan, lora, seed, world_size)
-        elif lora.attention or lora.experts:
+            finder = ShardFinder(self._architecture, self._layout(Weights()), self._rank)
+            shapes = self._layout(self._adapter_kinds).local_shapes(self._rank)
+            config = self._engine.vllm_config
+            self._adapters = MergedAdapters(runner.model, config, self._plan, lora, seed, finder, shapes)
+        elif has_adapters(lora):
             self._adapters = AdapterSet(runner.model, lora)
         self._weight_target: WeightTarget | None = None
         self._noise = NormNoise(runner.model)
@@ -178,35 +188,42 @@ class VllmEngine:
             self._engine.abort_request(names)
 
     def set_adapters(self, tensors: Mapping[str, torch.Tensor], step: int = 0) -> int:
-        """See RolloutEngine; cached prefixes of the old policy are forgotten."""
+        """See RolloutEngine."""
+        target, kinds = self.adapter_target(step), self._adapter_kinds
+        full = exchange_format(full_tensors(self._architecture, kinds), tensors)
+        put(target, self._layout(kinds), self._rank, full)
+        return target.finish()
+
+    def adapter_target(self, step: int = 0) -> LiveTarget:
+        """See RolloutEngine; cached prefixes of the old policy are forgotten in the end."""
         if self._adapters is None:
-            raise RuntimeError("set_adapters() on an engine built with lora.attention and lora.experts off")
-        taken = self._adapters.update(tensors, step)
-        self._engine.reset_prefix_cache()
-        return taken
+            raise RuntimeError("adapters for an engine built without: lora.rank is 0, or nothing is to be adapted")
+        self._adapters.begin(step)
+        return _Served(self._adapters, self._engine.reset_prefix_cache)
 
-    def weight_target(self) -> WeightTarget:
-        """Where another policy's weights go, in this rank's shards (full training); call its `finish` at the end.
+    def weight_target(self) -> LiveTarget:
+        """See RolloutEngine; cached prefixes of the old policy are forgotten in the end.
 
-        Noise is taken away, and cached prefixes are forgotten at the end. Raises: RuntimeError on an engine with
-        adapters, which change the weights that it was built with.
+        Raises: RuntimeError on an engine with adapters, which change the weights that it was built with.
         """
         if self._adapters is not None:
-            raise RuntimeError("weight_target() on an engine with adapters: set lora.rank to 0")
+            raise RuntimeError("weights for an engine with adapters: set lora.rank to 0")
         self.set_noise(Noise())
         if self._weight_target is None:
-            self._weight_target = WeightTarget(
-                self.model, self._engine.vllm_config, self._plan, self._engine.reset_prefix_cache
-            )
-        return self._weight_target
+            self._weight_target = WeightTarget(self.model, self._engine.vllm_config, self._plan)
+        self._weight_target.begin()
+        return _Served(self._weight_target, self._engine.reset_prefix_cache)
+
+    def _layout(self, tensors: Tensors) -> EngineLayout:
+        rollout = self._rollout
+        sizes = rollout.tensor_parallel, rollout.data_parallel, rollout.expert_parallel
+        return EngineLayout(self._architecture, *sizes, tensors)
 
     def score(self, tokens: Sequence[np.ndarray], *, temperature: float | None = None) -> list[np.ndarray]:
-        """Log-probs of given tokens, float32 [n - 1] for int32 [n]: of each but the first, given those before it.
+        """See RolloutEngine; nothing of it stays in the prefix cache.
 
-        As `generate` would give them with nothing left out by top_p and top_k (temperature: None takes
-        rollout.temperature, 0 the logits). Collective like `generate`: ranks that share experts step together, also
-        where they score nothing. Raises: RuntimeError while the KV cache is released or samples are being generated;
-        ValueError for fewer than 2 tokens or max_length of them.
+        Raises: RuntimeError while the KV cache is released or samples are being generated; ValueError for fewer than 2
+        tokens or max_length of them.
         """
         if self._kv_cache.nbytes == 0 or self._engine.output_processor.has_unfinished_requests():
             raise RuntimeError("score() needs the KV cache, and no samples being generated beside it")
@@ -255,6 +272,29 @@ class VllmEngine:
         """Bytes of this rank's weights (its shard, as packed), adapters and KV cache."""
         adapters = 0 if self._adapters is None else self._adapters.nbytes
         return {"weights": self._weights, "adapters": adapters, "kv_cache": self._kv_cache.nbytes}
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A target after whose end the engine forgets the old policy."""
+
+    target: AdapterSet | MergedAdapters | WeightTarget
+    forget: Callable[[], object]
+
+    @property
+    def locals(self) -> dict[str, tuple[int, ...]]:
+        return self.target.locals
+
+    def write(self, local: str) -> torch.Tensor:
+        return self.target.write(local)
+
+    def complete(self, local: str) -> None:
+        self.target.complete(local)
+
+    def finish(self) -> int:
+        written = self.target.finish()
+        self.forget()
+        return written
 
 
 def sample_seed(seed: int, index: int, done: int = 0) -> int:

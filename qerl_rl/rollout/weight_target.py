@@ -8,39 +8,34 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.quant.formats import Format
-from qerl_rl.rollout.adapters import LAYER
+from qerl_rl.rollout.adapters import check_complete
 from qerl_rl.rollout.load_plan import LoadPlan
-from qerl_rl.rollout.merge_targets import TargetFinder
-from qerl_rl.rollout.repack import repack, unpacked_parameters
+from qerl_rl.rollout.repack import packed_modules, repack, unpacked_parameters
 
 _WEIGHT = re.compile(r"(w13_|w2_)?weight")
-
-
-def parameter_path(module_path: str) -> str:
-    """A module's path as the names of its parameters have it: routed experts are a module of their own inside."""
-    return module_path.removesuffix(".routed_experts")
+FIRST_OF_FUSED = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj"}
 
 
 class WeightTarget:
     """All weights of one rank's model, to be written anew. A module is packed as soon as all its tensors are complete.
 
     Until then they lie in tensors of their own; norms, embeddings and the output layer, which nothing packs away, are
-    written where they are. Call `finish` at the end.
+    written where they are.
     """
 
-    def __init__(self, model: Any, vllm_config: Any, plan: LoadPlan, finished: Callable[[], None]) -> None:
-        self._finished = finished
+    def __init__(self, model: Any, vllm_config: Any, plan: LoadPlan) -> None:
         self._modules: dict[str, _InPlace | _Packed] = {}
-        finder = TargetFinder(plan.reader)
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-        for path, module in model.named_modules():
+        architecture = MoeArchitecture.from_folder(plan.reader.path)
+        for path, module in packed_modules(model).items():
             parameters = unpacked_parameters(module)
             if not any(_WEIGHT.match(name) for name in parameters):
                 continue
@@ -50,28 +45,31 @@ class WeightTarget:
             if isinstance(module, VocabParallelEmbedding) or getattr(module, "quant_method", None) is None:
                 place = _InPlace(path, model, module)
             else:
-                place = _Packed(path, module, parameters, vllm_config, _Formats(plan, finder, path))
+                place = _Packed(path, module, parameters, vllm_config, _Formats(plan, architecture, path))
             self._modules |= dict.fromkeys(place.locals, place)
-        self._missing = dict.fromkeys(self._modules)
+        self._missing: set[str] = set()
+
+    def begin(self) -> None:
+        """An update begins."""
+        self._missing = set(self._modules)
+
+    @property
+    def locals(self) -> dict[str, tuple[int, ...]]:
+        """By name, the shape of each tensor."""
+        return {local: place.locals[local][0] for local, place in self._modules.items()}
 
     def write(self, local: str) -> torch.Tensor:
         """The tensor to fill. Raises: KeyError when the engine holds none of this name."""
-        if local not in self._modules:
-            raise KeyError(f"the engine holds no {local}; it holds {', '.join(sorted(self._modules)[:3])} and so on")
         return self._modules[local].write(local)
 
     def complete(self, local: str) -> None:
         """All of it has been written."""
         self._modules[local].complete(local)
-        self._missing.pop(local, None)
+        self._missing.discard(local)
 
     def finish(self) -> int:
-        """The end of one update: returns the bytes that were written. Raises: RuntimeError when tensors are missing."""
-        if self._missing:
-            some = ", ".join(list(self._missing)[:3])
-            raise RuntimeError(f"{len(self._missing)} tensors of the engine were never completed: {some}")
-        self._missing = dict.fromkeys(self._modules)
-        self._finished()
+        """The end of an update: returns the bytes written. Raises: RuntimeError when tensors are missing."""
+        check_complete(self._missing)
         return self.nbytes
 
     @property
@@ -79,33 +77,25 @@ class WeightTarget:
         """Bytes of all tensors."""
         return sum(place.nbytes for place in dict.fromkeys(self._modules.values()))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """By name, the shape of each tensor."""
-        return {local: place.locals[local][0] for local, place in self._modules.items()}
-
 
 class _Formats:
     """The formats of the weights of one module: what they arrive in, and what the engine computes in."""
 
-    def __init__(self, plan: LoadPlan, finder: TargetFinder, path: str) -> None:
-        self._plan, self._finder, self._path = plan, finder, path
+    def __init__(self, plan: LoadPlan, architecture: MoeArchitecture, path: str) -> None:
+        self._plan, self._architecture, self._path = plan, architecture, path
 
     def of(self, kind: str) -> tuple[Format | None, Format | None]:
         """Args: kind: w13_weight, w2_weight or weight."""
-        weight = f"{self._stem(kind)}.weight"
+        weight = f"{self._module(kind)}.weight"
         return self._plan.stored_format(weight), self._plan.engine_format(weight)
 
-    def _stem(self, kind: str) -> str:
-        """A module of the checkpoint that this one, or its weights of this kind, hold; all of them have one format."""
-        found, name = LAYER.search(self._path), self._path.rpartition(".")[2]
-        layer = f"model.layers.{found[1]}" if found else ""
+    def _module(self, kind: str) -> str:
+        """One of the checkpoint's modules that are fused in this one; all of them have one format."""
+        parent, _, name = self._path.rpartition(".")
         if kind != "weight":
-            return self._finder.experts(layer, [0])[2 if kind == "w2_weight" else 0].stem
-        if name == "qkv_proj":
-            return self._finder.attention(layer, name)[0].stem
-        if name == "gate_up_proj":
-            return self._finder.shared_expert(layer, name)[0].stem
-        return self._path
+            gate, _, down = self._architecture.expert_weight_names
+            return f"{self._path}.0.{down if kind == 'w2_weight' else gate}"
+        return f"{parent}.{FIRST_OF_FUSED.get(name, name)}"
 
 
 class _InPlace:
@@ -136,7 +126,7 @@ class _Packed:
     def __init__(
         self, path: str, module: Any, parameters: Mapping[str, torch.Tensor], vllm_config: Any, formats: _Formats
     ) -> None:
-        self._module, self._config, self._path = module, vllm_config, parameter_path(path)
+        self._module, self._config, self._path = module, vllm_config, path
         self._parameters = parameters
         self._formats: dict[str, tuple[Format | None, Format | None]] = {}
         self.locals: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
