@@ -30,8 +30,8 @@ WHOLE = slice(None)
 class LoadPlan:
     """How the checkpoint in `folder` runs on `platform` (a column of quant/platforms.py).
 
-    quantize_to: what a float checkpoint is rounded to (a value of quant.format); none or empty leaves it. group_size: of
-    that format, as `get_format` takes it.
+    quantize_to: what a float checkpoint is rounded to (a value of quant.format); none or empty leaves it.
+    group_size: of that format, as `get_format` takes it.
     Raises: ConfigError where the platform runs a format in no way, the checkpoint can't be read, or it is quantized
     already where `quantize_to` names a format.
     """
