@@ -93,6 +93,8 @@ class ActorHybridWorker:
             max_length=self.config.model.max_length,
             seed=self.config.run.seed,
             record_routing=self.config.router_replay.is_on,
+            quantize_to=None if self.train.has_adapters else self.config.quant.format,
+            group_size=self.config.quant.group_size,
         )
         self.swap = Swap(self.train, self.rollout, self.config, beside)
         self._generation: BackgroundJob[dict[str, Any]] = BackgroundJob("generation")

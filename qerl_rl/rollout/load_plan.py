@@ -31,13 +31,14 @@ class LoadPlan:
     """How the checkpoint in `folder` runs on `platform` (a column of quant/platforms.py).
 
     quantize_to: what a float checkpoint is rounded to (a value of quant.format); none or empty leaves it.
+    group_size: of that format, as `get_format` takes it.
     Raises: ConfigError where the platform runs a format in no way, the checkpoint can't be read, or it is quantized
     already where `quantize_to` names a format.
     """
 
-    def __init__(self, folder: str | Path, platform: str, quantize_to: str | None = None) -> None:
+    def __init__(self, folder: str | Path, platform: str, quantize_to: str | None = None, group_size: int = 0) -> None:
         self.reader, self.platform = CheckpointReader(folder), platform
-        self._recipe = Recipe(quantize_to) if quantize_to not in (None, "", "none") else None
+        self._recipe = Recipe(quantize_to, group_size=group_size) if quantize_to not in (None, "", "none") else None
         config = read_config(Path(folder))
         self._described = config.get("quantization_config")
         if self._recipe is not None:

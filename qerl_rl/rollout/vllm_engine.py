@@ -48,7 +48,8 @@ class VllmEngine:
     RANK and LOCAL_RANK set; a single process needs neither. With expert_parallel, data-parallel ranks step together;
     without, each of them is an engine of its own. max_length: tokens of prompt and response together.
     record_routing: outputs say which experts each token went to (routing replay). quantize_to: the format that the
-    weights of a float checkpoint are rounded to when they are loaded (full training); None takes them as they are.
+    weights of a float checkpoint are rounded to when they are loaded (full training), with the group size group_size
+    (0: its own); None takes them as they are.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class VllmEngine:
         seed: int,
         record_routing: bool = False,
         quantize_to: str | None = None,
+        group_size: int = 0,
     ) -> None:
         check_expert_sizes(model_path, rollout)
         configure_environment()
@@ -74,7 +76,7 @@ class VllmEngine:
             from qerl_rl.rollout.vllm_patches import apply_patches, platform_name
 
             apply_patches()
-            self._plan = LoadPlan(model_path, platform_name(), quantize_to)
+            self._plan = LoadPlan(model_path, platform_name(), quantize_to, group_size)
             check_groups(self._plan, rollout)
             arguments = _engine_args(self._plan, rollout, max_length, seed)
             self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)

@@ -161,6 +161,12 @@ class ModelEngine:
         if self.is_away:
             raise RuntimeError(f"{purpose} needs the train state in memory: call onload() first")
 
+    def _require_trained(self, purpose: str) -> None:
+        """What trains can be read, also while the rest leaves (`begin_offload`)."""
+        trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        if not all(parameter.untyped_storage().nbytes() for parameter in trained):
+            raise RuntimeError(f"{purpose} needs the trained parameters in memory: call onload() first")
+
 
 def by_sample(packs: Sequence[Pack], found: Sequence[tuple[torch.Tensor, ...]], samples: int) -> list[list[np.ndarray]]:
     """Scores of one or more packs, cut into those of each sample and put in the order of the samples."""

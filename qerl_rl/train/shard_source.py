@@ -46,14 +46,15 @@ class ShardSource:
     ) -> None:
         formats, sizes, here = formats or {}, current_sizes(), current_coordinates()
         check_format_layout(architecture, formats, sizes)
-        self._dtype, self._on_finished = dtype, on_finished
+        self._on_finished = on_finished
         self._weights: dict[str, _Weight] = {}
         self._names: dict[str, tuple[_Weight, str]] = {}
         for slot in slots:
             if slot.stage(architecture.layers, sizes) != here.pipeline:
                 continue
             path = slot.module_path(architecture.layers, sizes)
-            weight = _Weight(path, slot, find_tensor(model, path).detach(), formats.get((slot.layer, slot.name)))
+            format = formats.get((slot.layer, slot.name))
+            weight = _Weight(path, slot, find_tensor(model, path).detach(), format, slot.dtype or dtype)
             self._names |= {path + suffix: (weight, suffix) for suffix in weight.unfinished}
             self._weights[path] = weight
         _agree_on_largest(self._weights.values())
@@ -70,7 +71,7 @@ class ShardSource:
         """
         weight, suffix = self._names[local]
         if suffix not in weight.parts:
-            made = weight.converted(self._dtype)
+            made = weight.converted()
             weight.parts = {key: tensor for key, tensor in made.items() if key in weight.unfinished}
         return weight.parts[suffix]
 
@@ -92,8 +93,10 @@ class _Weight:
     where its scales follow from those; None: this rank's own are all there are.
     """
 
-    def __init__(self, path: str, slot: Slot, tensor: torch.Tensor, format: Format | None) -> None:
-        self.path, self.tensor, self.format = path, tensor, format
+    def __init__(
+        self, path: str, slot: Slot, tensor: torch.Tensor, format: Format | None, dtype: torch.dtype | None
+    ) -> None:
+        self.path, self.tensor, self.format, self._dtype = path, tensor, format, dtype
         self.unfinished = {part.suffix for part in format.parts} if format else {""}
         self.parts: dict[str, torch.Tensor] = {}
         self.is_expert = slot.block.is_expert
@@ -113,10 +116,10 @@ class _Weight:
             self.of_matrices = largest_of_groups(self.tensor, 0).amax((-2, -1))
         return [found for found in (self.of_rows, self.of_matrices) if found is not None]
 
-    def converted(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    def converted(self) -> dict[str, torch.Tensor]:
         """By suffix, what moves."""
         if self.format is None:
-            return {"": self.tensor if dtype is None else self.tensor.to(dtype)}
+            return {"": self.tensor if self._dtype is None else self.tensor.to(self._dtype)}
         of_groups = largest_of_groups(self.tensor, self.format.group_size) if self.of_rows is None else self.of_rows
         return self.format.encode(self.tensor, self.format.scales_of_groups(of_groups, self.of_matrices))
 

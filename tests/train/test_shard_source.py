@@ -16,6 +16,8 @@ from qerl_rl.config.schema import QuantConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import Coordinates, ParallelSizes
 from qerl_rl.layout.slots import weight_slots
+from qerl_rl.layout.tensors import Weights
+from qerl_rl.layout.train import TrainLayout, coordinates
 from qerl_rl.model.formats import rounded_formats
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.quantize import Recipe, quantize_checkpoint, recipe_of
@@ -99,11 +101,14 @@ def read(two_ranks, source: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return two_ranks(train_and_read, str(source), LAYOUTS, str(folder)), folder
 
 
+def sizes_of(layout: str) -> ParallelSizes:
+    keys = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel")
+    return ParallelSizes(*(LAYOUTS[layout].get(key, 1) for key in keys))
+
+
 def put_together(ranks: list[dict], layout: str, name: str, architecture: MoeArchitecture) -> dict[str, torch.Tensor]:
     """The whole tensors, by the names of a checkpoint's parts in memory; replicas must agree."""
-    settings = LAYOUTS[layout]
-    keys = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel")
-    sizes = ParallelSizes(*(settings.get(key, 1) for key in keys))
+    sizes = sizes_of(layout)
     formats = rounded_formats(architecture, recipe_of(FORMATS[name]))
     whole: dict[str, torch.Tensor] = {}
     for slot in weight_slots(architecture, sizes):
@@ -133,6 +138,21 @@ def put_together(ranks: list[dict], layout: str, name: str, architecture: MoeArc
                 # A tied embedding lies on the first and on the last pipeline stage.
                 assert same(whole.setdefault(piece.name + suffix, found), found)
     return whole
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_names_and_shapes_are_those_of_the_layout_that_plans_are_made_of(
+    read, source: Path, layout: str, name: str
+) -> None:
+    ranks, _ = read
+    architecture = MoeArchitecture.from_folder(source)
+    weights = Weights(rounded_formats(architecture, recipe_of(FORMATS[name])))
+    planned = TrainLayout(architecture, sizes_of(layout), 2, weights)
+    for number, rank in enumerate(ranks):
+        shapes = {local: shape for local, (_, shape, _) in rank[layout]["shards"][name].items()}
+        assert shapes == planned.local_shapes(number)
+        assert coordinates(number, sizes_of(layout), 2) == rank[layout]["at"]
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
