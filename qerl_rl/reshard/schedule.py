@@ -11,6 +11,9 @@ import numpy as np
 from qerl_rl.layout.holdings import FullTensor
 from qerl_rl.reshard.routes import Route
 
+HALVINGS = 7
+"""A bucket that has less left than itself halved HALVINGS - 1 times counts as full."""
+
 
 @dataclass(frozen=True)
 class Moves:
@@ -81,35 +84,55 @@ def _progress(
     return progress
 
 
+class _Rooms:
+    """What is left of each rank's part of each bucket, of as many buckets as are asked for.
+
+    For each size (a bucket halved again and again) and rank, a number has bit b set where bucket b has that much left.
+    """
+
+    def __init__(self, world_size: int, bucket_bytes: int) -> None:
+        self._sizes = [bucket_bytes >> halvings for halvings in range(1, HALVINGS)]
+        self._free = [[-1] * world_size for _ in self._sizes]
+        self._left: list[dict[int, int]] = [{} for _ in range(world_size)]
+        self._bucket_bytes = bucket_bytes
+
+    def first(self, ranks: tuple[int, int], nbytes: int) -> int:
+        """The first bucket that has room at both ranks; nbytes: at most half a bucket."""
+        size = min((self._bucket_bytes // nbytes).bit_length() - 2, len(self._sizes) - 1)
+        free = self._free[size][ranks[0]] & self._free[size][ranks[1]]
+        return (free & -free).bit_length() - 1
+
+    def take(self, rank: int, bucket: int, nbytes: int) -> None:
+        """Use some of a bucket."""
+        of_rank = self._left[rank]
+        left = of_rank[bucket] = of_rank.get(bucket, self._bucket_bytes) - nbytes
+        for size, free in zip(self._sizes, self._free, strict=True):
+            if size <= left:
+                break
+            free[rank] &= ~(1 << bucket)
+
+
 def scheduled(moves: Moves, world_size: int, bucket_bytes: int) -> Moves:
-    """The boxes with their buckets: each comes into the first that both ends have reached and have room in.
+    """The boxes with their buckets: each comes into the first that has room at both ends.
 
     Copies have a room of their own of bucket_bytes, so that tensors of both layouts come and go together.
     """
-    now, used = [0] * world_size, [0] * world_size
-    copy_now, copy_used = [0] * world_size, [0] * world_size
-    buckets = []
+    rooms, buckets = _Rooms(world_size, bucket_bytes), []
+    copying, copied = [0] * world_size, [0] * world_size
     for sender, receiver, nbytes in zip(
         moves.sender.tolist(), moves.receiver.tolist(), moves.nbytes.tolist(), strict=True
     ):
-        if sender == receiver:
-            if copy_now[sender] < now[sender]:
-                copy_now[sender], copy_used[sender] = now[sender], 0
-            if copy_used[sender] and copy_used[sender] + nbytes > bucket_bytes:
-                copy_now[sender], copy_used[sender] = copy_now[sender] + 1, 0
-            copy_used[sender] += nbytes
-            buckets.append(copy_now[sender])
-            continue
-        bucket = max(now[sender], now[receiver])
-        for rank in (sender, receiver):
-            if now[rank] < bucket:
-                now[rank], used[rank] = bucket, 0
-        if max(used[sender], used[receiver]) + nbytes > bucket_bytes:
-            bucket += 1
-            now[sender] = now[receiver] = bucket
-            used[sender] = used[receiver] = 0
-        used[sender] += nbytes
-        used[receiver] += nbytes
+        if sender != receiver:
+            bucket = rooms.first((sender, receiver), nbytes)
+            rooms.take(sender, bucket, nbytes)
+            rooms.take(receiver, bucket, nbytes)
+        else:
+            bucket = max(copying[sender], rooms.first((sender, sender), 1))
+            if bucket == copying[sender] and copied[sender] and copied[sender] + nbytes > bucket_bytes:
+                bucket += 1
+            if bucket > copying[sender]:
+                copying[sender], copied[sender] = bucket, 0
+            copied[sender] += nbytes
         buckets.append(bucket)
     found = np.array(buckets, dtype=np.int64)
     order = np.argsort(found, kind="stable")
