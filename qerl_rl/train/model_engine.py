@@ -151,11 +151,6 @@ class ModelEngine:
         self._require_parameters(purpose)
         self.finish_moves()
 
-    def _require_trained(self, purpose: str) -> None:
-        """Enough to read what trains, as between `begin_offload` and `offload`."""
-        if not self._offloader.has_trained:
-            raise RuntimeError(f"{purpose} needs the parameters that train in memory: call onload() first")
-
     def _require_parameters(self, purpose: str) -> None:
         """Enough for passes, which the optimizer's state may still be on its way beside."""
         if self.is_away:

@@ -155,11 +155,6 @@ class Offloader:
         """Whether anything is out of memory, or leaves it."""
         return any(piece.away for piece in self._pieces.values())
 
-    @property
-    def has_trained(self) -> bool:
-        """Whether the parameters that train can be read."""
-        return not any(piece.away and not piece.frozen for piece in self._of("parameters"))
-
     def held_bytes(self) -> dict[str, int]:
         """Bytes in memory now, by kind."""
         leaving = {id(piece) for batch, _ in self._leaving for piece in batch}
