@@ -1,6 +1,6 @@
 """Executes one rank's part of a plan: pack, send, copy, unpack, bucket by bucket, in the type that travels.
 
-While bucket i is on its way, bucket i + 1 is packed and what stays on the rank is copied. Besides the tensors of both
+While bucket i is on its way, what stays on the rank is copied and bucket i + 1 is packed. Besides the tensors of both
 sides there are two buckets of staging, which the exchange keeps from one swap to the next.
 """
 
@@ -86,9 +86,10 @@ def transfer(plan: RankPlan, source: Source, target: Target, exchange: Exchange)
     for step in steps[:1]:
         step.send(exchange)
     for step, following in zip(steps, [*steps[1:], None], strict=True):
+        # Before the next bucket's packing, which may be the last to read what is copied here.
+        step.copy()
         if following is not None:
             following.send(exchange)
-        step.copy()
         step.receive(exchange)
         step.end()
     with report.stage("wait"):
