@@ -145,7 +145,9 @@ class _Side:
         """The rank's place of a box."""
         if tensor not in self._holdings:
             self._holdings[tensor] = self._layout.holdings_of(tensor, self._rank)
-        found = next(holding for holding in self._holdings[tensor] if holding.box.meet(box) == box)
+        found, *others = self._holdings[tensor]
+        if others:
+            found = next(holding for holding in (found, *others) if holding.box.meet(box) == box)
         self._last[found.local] = max(self._last[found.local], bucket)
         return found.narrowed(box)
 
