@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from qerl_rl.config.schema import LoraConfig, RolloutConfig
+from qerl_rl.layout.stored_experts import StoredExperts
 from qerl_rl.quant.noise import Noise
 from qerl_rl.quant.requantize import Survival
 from qerl_rl.rollout.adapters import AdapterSet
@@ -23,6 +24,7 @@ from qerl_rl.rollout.collector import Collector, unfinished_samples
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.kv_cache import KvCacheMemory
+from qerl_rl.rollout.lending import Lending
 from qerl_rl.rollout.limits import check_expert_sizes, check_groups
 from qerl_rl.rollout.load_plan import LoadPlan
 from qerl_rl.rollout.loader import loader_options
@@ -77,6 +79,9 @@ class VllmEngine:
             self._adapters = MergedAdapters(runner.model, self._engine.vllm_config, self._plan, lora, seed, world_size)
         elif lora.attention or lora.experts:
             self._adapters = AdapterSet(runner.model, lora)
+        self._lending = Lending(
+            runner.model, writes_weights=lora.rank == 0 or isinstance(self._adapters, MergedAdapters)
+        )
         self._noise = NormNoise(runner.model)
         self._no_experts = no_experts(self._engine) if record_routing else None
         self._kv_cache = KvCacheMemory(runner.kv_caches)
@@ -198,6 +203,14 @@ class VllmEngine:
         self._noise.set(noise)
         self._engine.reset_prefix_cache()
 
+    def lendable_experts(self) -> list[StoredExperts]:
+        """See RolloutEngine; none where adapters, or trained weights, are written into the engine's."""
+        return self._lending.experts()
+
+    def lend(self, nbytes: Mapping[str, int]) -> None:
+        """See RolloutEngine."""
+        self._lending.lend(nbytes)
+
     def release_kv_cache(self) -> int:
         """See RolloutEngine. Raises: RuntimeError while samples are being generated."""
         if self._engine.get_num_unfinished_requests():
@@ -215,9 +228,10 @@ class VllmEngine:
         return self._engine.model_executor.driver_worker.worker.model_runner.model
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of this rank's weights (its shard, as packed), adapters and KV cache."""
-        adapters = 0 if self._adapters is None else self._adapters.nbytes
-        return {"weights": self._weights, "adapters": adapters, "kv_cache": self._kv_cache.nbytes}
+        """Bytes of this rank's weights (its shard, as packed) but those lent, of these, of adapters and KV cache."""
+        shared, adapters = self._lending.nbytes, 0 if self._adapters is None else self._adapters.nbytes
+        weights = {"weights": self._weights - shared, "shared": shared}
+        return {**weights, "adapters": adapters, "kv_cache": self._kv_cache.nbytes}
 
 
 def sample_seed(seed: int, index: int, done: int = 0) -> int:

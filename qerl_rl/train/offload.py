@@ -81,6 +81,7 @@ class Offloader:
     def __init__(self, store: StateStore) -> None:
         self._store = store
         self._pieces: dict[str, dict[int, _Piece]] = {kind: {} for kind in KINDS}
+        self._slots = 0
 
     def track(self, kind: str, tensors: Iterable[torch.Tensor], *, frozen: bool = False) -> None:
         """Take the storages of `tensors` under `kind`, unless one is tracked already (under any kind).
@@ -95,8 +96,15 @@ class Offloader:
             if key in known or tensor.dim() == 0:
                 continue
             _check_resizable(kind, storage)
-            self._pieces[kind][key] = _Piece(storage, len(known), frozen)
+            self._pieces[kind][key] = _Piece(storage, self._slots, frozen)
+            self._slots += 1
             known.add(key)
+
+    def forget(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Let go of the storages of `tensors`, which nobody needs any more; some may never have been tracked."""
+        for tensor in tensors:
+            for pieces in self._pieces.values():
+                pieces.pop(tensor.untyped_storage()._cdata, None)
 
     def offload(self, kinds: Iterable[str]) -> dict[str, int]:
         """Free the storages of `kinds`. Returns the bytes that left memory, by kind."""
