@@ -96,16 +96,30 @@ def difference(worker, responses, log_probs, noise=None):
     return float(gaps.sum()), len(gaps)
 
 
+def same_scores(left, right):
+    """Whether two engines' scores of the same samples are the same bits."""
+    pairs = [] if left is None else [(left.log_probs, right.log_probs), (left.entropy, right.entropy)]
+    return all(np.array_equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
+
+
 def train_and_swap(model, folder, train, rollout):
+    from qerl_rl.train.engine import TrainEngine
+
     worker = start_worker(base_config(model, folder, train, rollout))
+    # A trainer that stores all its weights itself, over the same process groups.
+    twin = TrainEngine(worker.config)
+    experts = sum(buffer.nbytes for name, buffer in twin.model.named_buffers() if ".experts.w" in name)
+    spared = twin.held_bytes()["parameters"] - worker.train.held_bytes()["parameters"]
     worker.swap_to_rollout(0)
     before_tokens, before_log_probs = greedy(worker.rollout)
     held_in_rollout = worker.swap.held_bytes()
     report = worker.swap_to_train()
     before = difference(worker, before_tokens, before_log_probs)
     signs = np.random.default_rng(0).choice([-1.0, 1.0], len(PROMPTS))
+    updates = []
     for _ in range(UPDATES):
-        worker.train.update(share(samples_of(before_tokens, signs), worker), policy_gradient, aggregation="token_mean")
+        trained = share(samples_of(before_tokens, signs), worker)
+        updates.append([engine.update(trained, policy_gradient) for engine in (worker.train, twin)])
     worker.swap_to_rollout(0)
     after_tokens, after_log_probs = greedy(worker.rollout)
     worker.swap_to_train()
@@ -118,7 +132,14 @@ def train_and_swap(model, folder, train, rollout):
     worker.swap_to_rollout(last)
     noisy = greedy(worker.rollout)
     worker.swap_to_train()
+    noise, samples = worker.swap.noise_of(last), share(samples_of(after_tokens), worker)
+    scores = [
+        (worker.train.log_probs(samples, **options), twin.log_probs(samples, **options))
+        for options in ({"noise": noise}, {"adapters": False})
+    ]
     return {
+        "base": (worker._base, experts, spared),
+        "as the twin": all(ours == theirs for ours, theirs in updates) and all(same_scores(*pair) for pair in scores),
         "noisy": difference(worker, *noisy, noise=worker.swap.noise_of(last)),
         "noise unknown": difference(worker, *noisy),
         "before": before,
@@ -176,6 +197,14 @@ def test_the_engine_follows_the_trainer_through_ten_updates(tmp_path, tiny_w8a8,
     assert all(np.array_equal(a, b) for a, b in zip(log_probs, ranks[0]["log_probs"], strict=True))
     assert min(both["train/parameters"], both["rollout/kv_cache"]) > 0
     assert released == {}
+
+    # Where both hold the same experts, whole, the trainer has none of its own; where not, all.
+    for rank in ranks:
+        assert rank["as the twin"]
+        said, experts, spared = rank["base"]
+        shared = [rank[when]["rollout/shared"] for when in ("held_in_rollout", "held_in_train")]
+        assert [spared, *shared] == [experts if train == {"expert_parallel": 2} else 0] * 3
+        assert said.startswith("base stored once" if spared else "base stored for each engine: no experts")
 
     fresh_tokens, fresh_log_probs = run_engines(fresh_engine, 2, model, tmp_path, rollout)[0]
     # An early end of sequence would quietly shrink what is compared.
