@@ -252,7 +252,24 @@ def _check_dpo(config: Config) -> Fault:
     return None
 
 
+def _check_full_training(config: Config) -> Fault:
+    """What lora.rank=0 leaves without a purpose, and what only it gives one."""
+    quant, lora, size = config.quant, config.lora, "quant.group_size"
+    if quant.group_size and (lora.rank or quant.format == "none"):
+        reason = "quant.format=none has no scales" if lora.rank == 0 else "the checkpoint says which groups it has"
+        return size, f"{size}={quant.group_size}, but {reason}.", f"set {size} to 0"
+    if lora.rank:
+        return None
+    for key, default in (("lora.in_rollout", "auto"), ("lora.merge_rounding", "stochastic")):
+        if _get(config, key) != default:
+            problem = f"{key}={_get(config, key)}, but lora.rank=0 has no adapters: trained weights are rounded to"
+            return key, f"{problem} nearest.", f"set {key} to {default}, or lora.rank above 0"
+    return None
+
+
 def _check_adapters(config: Config) -> Fault:
+    if config.lora.rank == 0:
+        return None
     if not (config.lora.attention or config.lora.experts):
         problem = "lora.attention and lora.experts are both false: nothing would train."
         return "lora.attention", problem, "set one of them to true"
@@ -329,6 +346,7 @@ CHECKS = (
     _check_critic,
     _check_turns,
     _check_dpo,
+    _check_full_training,
     _check_adapters,
     _check_lengths,
     _check_paths,

@@ -143,10 +143,14 @@ class SwapConfig:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How the base weights are stored; the checkpoint must agree."""
+    """How the base weights are stored; the checkpoint must agree. With lora.rank=0 the checkpoint is not quantized, and
+    this is what the rollout engine rounds the trained weights to."""
 
     format: str = "w8a8"
     """w8a8, w4a16, w4a8, nvfp4, mxfp4, mxfp8 or none; docs/quantization.md says what each stores, and what runs it."""
+    group_size: int = 0
+    """With lora.rank=0: weights of a row that share a scale, where the format has a choice; 0 takes its own, -1 is the
+    whole row."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,7 @@ class LoraConfig:
     """The adapters: the only weights that train over a quantized base."""
 
     rank: int = 16
+    """0 has none: every weight trains (docs/full_training.md), and the other keys of this section have no effect."""
     alpha: float = 32.0
     attention: bool = True
     experts: bool = True
@@ -324,6 +329,12 @@ class Config:
     def has_rollout_engine(self) -> bool:
         """Whether the workers load the rollout engine; dpo needs it for evaluations only."""
         return self.algorithm.name != "dpo" or self.eval.every > 0
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the trainer takes log-probs of the first policy. With adapters it costs no memory and tells how far
+        the policy went; a model that trains whole keeps its first weights only where something learns from them."""
+        return self.lora.rank > 0 or self.algorithm.kl_coefficient > 0 or self.algorithm.name == "dpo"
 
     @property
     def train_data_parallel(self) -> int:

@@ -7,6 +7,7 @@ part of its quantized form. Engines fuse and split them each in its own way; bot
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -94,8 +95,14 @@ class Layout(Protocol):
     def world_size(self) -> int:
         """Ranks; what several hold is the same."""
 
+    def pattern(self, tensor: str) -> Hashable:
+        """Equal for full tensors of one shape that are spread alike: the same boxes on the same ranks."""
+
+    def holdings_of(self, tensor: str, rank: int) -> list[Holding]:
+        """What a rank holds of one full tensor; no element twice."""
+
     def holdings(self, rank: int) -> list[Holding]:
-        """All that a rank holds, in the order of the model's layers; no element of a full tensor twice."""
+        """All that a rank holds, in the order of the model's layers."""
 
     def local_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the rank's tensors, by name."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.schema import QuantConfig
 from qerl_rl.quant.base import quantization_config
 from qerl_rl.quant.checkpoint import SHARD_BYTES, CheckpointReader, ShardWriter, read_config
 from qerl_rl.quant.formats import Format, get_format
@@ -85,6 +86,14 @@ class Recipe:
             "group_1": others.config_group([_OTHERS_TARGET]),
         }
         return quantization_config(groups, ignore)
+
+
+def recipe_of(quant: QuantConfig) -> Recipe | None:
+    """How weights are rounded that were trained as floats; None where the engine computes with floats.
+
+    Raises: ConfigError for a format that has no groups of quant.group_size.
+    """
+    return None if quant.format == "none" else Recipe(quant.format, group_size=quant.group_size)
 
 
 @dataclass
@@ -187,19 +196,25 @@ class Rounding:
         tensor, format = self._reader.get(name), self._recipe.format_of(name)
         if format is None:
             return None, {"": tensor}
+        parts = self.parts(name, tensor)
+        exact = tensor.float()
+        self._whole += exact.square().sum().item()
+        self._lost += format.dequantize(parts).sub_(exact).square_().sum().item()
+        return format, format.stored(parts)
+
+    def parts(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parts, as in memory, of the weight `name` that the recipe has a format for. Args: tensor: what it is."""
+        format = self._recipe.format_of(name)
+        assert format is not None
         largest = self._largest_of_fused(name) if any(part.per_matrix for part in format.parts) else None
         try:
-            parts = format.quantize(tensor, largest)
+            return format.quantize(tensor, largest)
         except ValueError as error:
             raise ConfigError(
                 f"{name} can't be stored as {format.name}: {error}.",
                 fix="choose another group size (--group-size) or format, or keep the layer (--keep-layers)",
                 where=str(self._reader.path),
             ) from None
-        exact = tensor.float()
-        self._whole += exact.square().sum().item()
-        self._lost += format.dequantize(parts).sub_(exact).square_().sum().item()
-        return format, format.stored(parts)
 
     def _largest_of_fused(self, name: str) -> torch.Tensor:
         """The largest |weight| of the matrices that engines fuse with this one, itself among them."""

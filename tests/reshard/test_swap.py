@@ -135,7 +135,7 @@ def train_and_swap(model, folder, train, rollout):
     noise, samples = worker.swap.noise_of(last), share(samples_of(after_tokens), worker)
     scores = [
         (worker.train.log_probs(samples, **options), twin.log_probs(samples, **options))
-        for options in ({"noise": noise}, {"adapters": False})
+        for options in ({"noise": noise}, {"reference": True})
     ]
     return {
         "base": (worker._base, experts, spared),

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from qerl_rl.layout.stored_experts import StoredExperts
+from qerl_rl.platform.state_store import SpillFile
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.train.engine import TrainEngine
-from qerl_rl.train.offload import SpillFile
 from tests.train.models import make_config, make_samples, policy_gradient, share, start_engine
 
 EXPERTS, LAYERS = 8, 2
@@ -72,7 +72,7 @@ def compute(engine: TrainEngine) -> dict[str, Any]:
         updates.append(engine.update(own, policy_gradient))
         engine.offload()
         engine.onload()
-    scores, reference = engine.log_probs(own), engine.log_probs(own, adapters=False)
+    scores, reference = engine.log_probs(own), engine.log_probs(own, reference=True)
     merged = export_hf(engine.model, engine.architecture, merge_adapters=True)
     return {
         "updates": updates,
