@@ -96,30 +96,41 @@ def difference(worker, responses, log_probs, noise=None):
     return float(gaps.sum()), len(gaps)
 
 
-def same_scores(left, right):
-    """Whether two engines' scores of the same samples are the same bits."""
-    pairs = [] if left is None else [(left.log_probs, right.log_probs), (left.entropy, right.entropy)]
-    return all(np.array_equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
+class Twins:
+    """The worker's trainer and, where that reads the engine's memory, one that stores all its weights itself."""
+
+    def __init__(self, worker):
+        from qerl_rl.train.engine import TrainEngine
+
+        shares = worker.rollout.held_bytes()["shared"] > 0
+        self.engines = [worker.train, *([TrainEngine(worker.config)] if shares else [])]
+        *_, whole = self.engines
+        self.experts = sum(buffer.nbytes for name, buffer in whole.model.named_buffers() if ".experts.w" in name)
+        held = [engine.held_bytes()["parameters"] for engine in self.engines]
+        self.spared, self.alike = held[-1] - held[0], True
+
+    def update(self, samples):
+        first, *others = [engine.update(samples, policy_gradient) for engine in self.engines]
+        self.alike &= all(first == other for other in others)
+
+    def score(self, samples, **options):
+        first, *others = [engine.log_probs(samples, **options) for engine in self.engines]
+        for other in others if first else ():
+            pairs = zip(first.log_probs + first.entropy, other.log_probs + other.entropy, strict=True)
+            self.alike &= all(np.array_equal(a, b) for a, b in pairs)
 
 
 def train_and_swap(model, folder, train, rollout):
-    from qerl_rl.train.engine import TrainEngine
-
     worker = start_worker(base_config(model, folder, train, rollout))
-    # A trainer that stores all its weights itself, over the same process groups.
-    twin = TrainEngine(worker.config)
-    experts = sum(buffer.nbytes for name, buffer in twin.model.named_buffers() if ".experts.w" in name)
-    spared = twin.held_bytes()["parameters"] - worker.train.held_bytes()["parameters"]
+    twins = Twins(worker)
     worker.swap_to_rollout(0)
     before_tokens, before_log_probs = greedy(worker.rollout)
     held_in_rollout = worker.swap.held_bytes()
     report = worker.swap_to_train()
     before = difference(worker, before_tokens, before_log_probs)
     signs = np.random.default_rng(0).choice([-1.0, 1.0], len(PROMPTS))
-    updates = []
     for _ in range(UPDATES):
-        trained = share(samples_of(before_tokens, signs), worker)
-        updates.append([engine.update(trained, policy_gradient) for engine in (worker.train, twin)])
+        twins.update(share(samples_of(before_tokens, signs), worker))
     worker.swap_to_rollout(0)
     after_tokens, after_log_probs = greedy(worker.rollout)
     worker.swap_to_train()
@@ -132,14 +143,11 @@ def train_and_swap(model, folder, train, rollout):
     worker.swap_to_rollout(last)
     noisy = greedy(worker.rollout)
     worker.swap_to_train()
-    noise, samples = worker.swap.noise_of(last), share(samples_of(after_tokens), worker)
-    scores = [
-        (worker.train.log_probs(samples, **options), twin.log_probs(samples, **options))
-        for options in ({"noise": noise}, {"reference": True})
-    ]
+    samples = share(samples_of(after_tokens), worker)
+    twins.score(samples, noise=worker.swap.noise_of(last))
+    twins.score(samples, reference=True)
     return {
-        "base": (worker._base, experts, spared),
-        "as the twin": all(ours == theirs for ours, theirs in updates) and all(same_scores(*pair) for pair in scores),
+        "base": (worker._base, twins.experts, twins.spared, twins.alike),
         "noisy": difference(worker, *noisy, noise=worker.swap.noise_of(last)),
         "noise unknown": difference(worker, *noisy),
         "before": before,
@@ -200,11 +208,11 @@ def test_the_engine_follows_the_trainer_through_ten_updates(tmp_path, tiny_w8a8,
 
     # Where both hold the same experts, whole, the trainer has none of its own; where not, all.
     for rank in ranks:
-        assert rank["as the twin"]
-        said, experts, spared = rank["base"]
+        said, experts, spared, alike = rank["base"]
         shared = [rank[when]["rollout/shared"] for when in ("held_in_rollout", "held_in_train")]
         assert [spared, *shared] == [experts if train == {"expert_parallel": 2} else 0] * 3
         assert said.startswith("base stored once" if spared else "base stored for each engine: no experts")
+        assert alike
 
     fresh_tokens, fresh_log_probs = run_engines(fresh_engine, 2, model, tmp_path, rollout)[0]
     # An early end of sequence would quietly shrink what is compared.
