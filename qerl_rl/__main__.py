@@ -1,4 +1,4 @@
-"""`python -m qerl_rl COMMAND`: builds the models of the examples, stores a model in fewer bits, and checks one."""
+"""`python -m qerl_rl COMMAND`: builds the examples' models, stores one in fewer bits, checks it, or the machine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.doctor.command import add_doctor
 from qerl_rl.quant.command import add_quantize
 from qerl_rl.quant.formats import FORMATS
 from qerl_rl.verify.command import add_parser as add_verify
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         model.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     add_quantize(commands)
     add_verify(commands)
+    add_doctor(commands)
     return parser
 
 
