@@ -23,6 +23,7 @@ from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.rewards import load_rewards
 from qerl_rl.rewards.model import check_reward_model
 from qerl_rl.rollout.limits import check_expert_sizes
+from trainer.ascend import check_ascend
 from trainer.resume import ResumePoint, find_resume
 from trainer.value_models import check_value_models, load_tokenizer
 
@@ -68,6 +69,7 @@ def preflight(loaded: LoadedConfig, resume: str = "never") -> Plan:
     architecture = MoeArchitecture.from_folder(config.model.path)
     _check_format(loaded)
     _check_model_layouts(loaded, architecture)
+    check_ascend(loaded, architecture)
     load_rewards(config.reward)
     _check_reward_model(loaded)
     _check_functions(loaded)
