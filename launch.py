@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from trainer.preflight import describe, preflight
 
         loaded = load_config(options.config, options.overrides)
-        plan = preflight(loaded, options.resume)
+        plan = preflight(loaded, options.resume, dry_run=options.dry_run)
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2

@@ -24,8 +24,11 @@ def is_for_npu(config: Config) -> bool:
     return device == "npu" or (device == "auto" and importlib.util.find_spec("torch_npu") is not None)
 
 
-def check_ascend(loaded: LoadedConfig, architecture: MoeArchitecture) -> None:
-    """Raise ConfigError for the first rule of Ascend that the launch breaks; a launch on other devices breaks none."""
+def check_ascend(loaded: LoadedConfig, architecture: MoeArchitecture, has_weights: bool = True) -> None:
+    """Raise ConfigError for the first rule of Ascend that the launch breaks; a launch on other devices breaks none.
+
+    Args: has_weights: whether the model folder has weights, whose formats the rules ask for.
+    """
     config = loaded.config
     if not is_for_npu(config):
         return
@@ -34,7 +37,7 @@ def check_ascend(loaded: LoadedConfig, architecture: MoeArchitecture) -> None:
         config,
         architecture,
         environment={**os.environ, **config.cluster.environment},
-        attention=_attention_formats(config.model.path),
+        attention=_attention_formats(config.model.path) if has_weights else frozenset(),
         interfaces=tuple(psutil.net_if_addrs()),
         ephemeral_ports=(low, high),
         shadow=shadowed("vllm") or shadowed("vllm-ascend"),

@@ -24,13 +24,19 @@ class KeyLocations:
 
     def __init__(self, path: Path, overrides: Sequence[str]) -> None:
         self._path = path
-        self._lines: dict[str, int] = {}
+        self._lines: dict[str, str] = {}
         self._texts: dict[str, str] = {}
         self._overridden = {key: text for key, _, text in (override.partition("=") for override in overrides)}
         self._origins: Mapping[str, str] = {}
+        self.add(path)
+
+    def add(self, path: Path) -> None:
+        """Read another file; what was read before counts."""
         for names, line, text in scalar_lines(path.read_text(encoding="utf-8")):
             name = ".".join(names)
-            self._lines[name] = line
+            if name in self._lines:
+                continue
+            self._lines[name] = f"{path}:{line}"
             if text is not None:
                 self._texts[name] = text
 
@@ -43,7 +49,7 @@ class KeyLocations:
             return "command line"
         if key in self._origins:
             return self._origins[key]
-        return f"{self._path}:{self._lines[key]}" if key in self._lines else str(self._path)
+        return self._lines.get(key, str(self._path))
 
     def as_written(self, key: str) -> str | None:
         """The characters that a key was set to, without quotes; None where that is no plain value."""
@@ -63,7 +69,8 @@ class LoadedConfig:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read the YAML file at `path`, put `key=value` overrides on top, and check every key and type.
 
-    A launch file of MindSpeed-RL is translated first; overrides may then be keys of theirs, too.
+    A file may stand on others (`defaults: [{envs: ascend_a3}]`, for envs/ascend_a3.yaml beside it). A launch file of
+    MindSpeed-RL is translated first; overrides may then be keys of theirs, too.
 
     Raises: ConfigError for a missing or unreadable file, an unknown key (with the nearest known one) or a value of the
     wrong type.
@@ -93,6 +100,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
         locate.translated(translation.origins)
         from_file = OmegaConf.create(translation.values)
         overrides = [override for override in overrides if not is_theirs(override)]
+    elif "defaults" in from_file:
+        from_file = _on_top_of_defaults(path, from_file, locate)
     from_line = _from_command_line(overrides)
     try:
         values = OmegaConf.to_container(OmegaConf.unsafe_merge(from_file, from_line), resolve=True)
@@ -100,6 +109,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
         raise ConfigError(f"{_one_line(error)}.", fix="correct the interpolation", where=str(path)) from None
     config = _build(Config, cast("dict[str, Any]", values), "", locate)
     return LoadedConfig(config, locate, translation)
+
+
+def _on_top_of_defaults(path: Path, own: DictConfig, locate: KeyLocations) -> DictConfig:
+    """The sections of the files that `defaults: [{FOLDER: NAME}]` names, FOLDER/NAME.yaml beside the launch file, with
+    the file's own on top."""
+    merged = OmegaConf.create()
+    for entry in own.pop("defaults") or []:
+        if not isinstance(entry, DictConfig) or not all(isinstance(name, str) for name in entry.values()):
+            problem, fix = f"defaults holds {entry!r}.", "write `- FOLDER: NAME`, for FOLDER/NAME.yaml beside this file"
+            raise ConfigError(problem, fix=fix, where=locate("defaults"))
+        for folder, name in entry.items():
+            file = path.parent / str(folder) / f"{name}.yaml"
+            if not file.is_file():
+                near = difflib.get_close_matches(name, [other.stem for other in file.parent.glob("*.yaml")], n=1)
+                fix = f"write {near[0]}" if near else f"put {name}.yaml into {file.parent}"
+                raise ConfigError(f"there is no file {file}.", fix=fix, where=locate("defaults"))
+            try:
+                merged.merge_with(OmegaConf.load(file))
+                locate.add(file)
+            except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+                problem = f"{file} is not readable YAML: {_one_line(error)}."
+                raise ConfigError(problem, fix="correct the YAML", where=str(file)) from None
+    merged.merge_with(own)
+    return merged
 
 
 def _from_command_line(overrides: Sequence[str]) -> DictConfig:
