@@ -17,7 +17,9 @@ from qerl_rl.start_up import collector_paused
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launch.py", description="Reinforcement-learn a quantized MoE model.")
-    parser.add_argument("--config", required=True, metavar="YAML", help="a launch file, such as those in configs/")
+    parser.add_argument(
+        "--config", required=True, metavar="YAML", help="a launch file, such as those in configs/, or MindSpeed-RL's"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print it, start nothing")
     parser.add_argument(
         "--resume",
@@ -36,10 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with collector_paused():
             from trainer.preflight import describe, preflight
 
-        plan = preflight(load_config(options.config, options.overrides), options.resume)
+        loaded = load_config(options.config, options.overrides)
+        plan = preflight(loaded, options.resume, dry_run=options.dry_run)
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         return 2
+    if loaded.translation:
+        print(loaded.translation.describe())
     if options.dry_run:
         print(describe(plan))
         return 0

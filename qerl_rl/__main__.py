@@ -1,4 +1,4 @@
-"""`python -m qerl_rl COMMAND`: builds models, stores one in fewer bits, checks one, and plans a swap."""
+"""`python -m qerl_rl COMMAND`: builds models, stores one in fewer bits, checks one, plans a swap, checks the machine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.doctor.command import add_doctor
 from qerl_rl.quant.command import add_quantize
 from qerl_rl.quant.formats import FORMATS
 from qerl_rl.reshard.command import add_parser as add_reshard_plan
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add_quantize(commands)
     add_verify(commands)
     add_reshard_plan(commands)
+    add_doctor(commands)
     return parser
 
 

@@ -24,6 +24,7 @@ from qerl_rl.quant.quantize import recipe_of
 from qerl_rl.rewards import load_rewards
 from qerl_rl.rewards.model import check_reward_model
 from qerl_rl.rollout.limits import check_expert_sizes
+from trainer.ascend import check_ascend
 from trainer.resume import ResumePoint, find_resume
 from trainer.value_models import check_value_models, load_tokenizer
 
@@ -45,6 +46,8 @@ class Plan:
     """Where the run goes on from; None for a fresh start."""
     resume_asked: str = "never"
     """What --resume said."""
+    has_weights: bool = True
+    """Whether the model folder has weights, whose formats were checked; a dry run does without."""
 
     @property
     def first_step(self) -> int:
@@ -52,10 +55,11 @@ class Plan:
         return self.resume.step + 1 if self.resume else 1
 
 
-def preflight(loaded: LoadedConfig, resume: str = "never") -> Plan:
+def preflight(loaded: LoadedConfig, resume: str = "never", *, dry_run: bool = False) -> Plan:
     """Check the launch file against itself, the model, the data and the checkpoint that `resume` names, if any.
 
-    Args: resume: auto, never or a path, as `find_resume` takes it.
+    Args: resume: auto, never or a path, as `find_resume` takes it. dry_run: a folder with a model's config.json and
+        tokenizer alone will do.
     Raises: ConfigError with the fix for the first thing that can't work.
     """
     config = loaded.config
@@ -67,8 +71,11 @@ def preflight(loaded: LoadedConfig, resume: str = "never") -> Plan:
             where=loaded.locate("model.path"),
         )
     architecture = MoeArchitecture.from_folder(config.model.path)
-    _check_format(loaded)
-    _check_model_layouts(loaded, architecture)
+    has_weights = not dry_run or any(Path(config.model.path).glob("*.safetensors"))
+    if has_weights:
+        _check_format(loaded)
+    _check_model_layouts(loaded, architecture, has_weights)
+    check_ascend(loaded, architecture, has_weights)
     load_rewards(config.reward)
     _check_reward_model(loaded)
     _check_functions(loaded)
@@ -79,7 +86,7 @@ def preflight(loaded: LoadedConfig, resume: str = "never") -> Plan:
     train, evaluation, left_out = _load_data(loaded, tokenizer, needed)
     if point:
         train.load_state(point.state["prompts"])
-    return Plan(config, architecture, tokenizer, train, evaluation, left_out, needed, point, resume)
+    return Plan(config, architecture, tokenizer, train, evaluation, left_out, needed, point, resume, has_weights)
 
 
 def _check_format(loaded: LoadedConfig) -> None:
@@ -126,12 +133,13 @@ def _check_reward_model(loaded: LoadedConfig) -> None:
     load_tokenizer(model.path)
 
 
-def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture) -> None:
+def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture, has_weights: bool) -> None:
     """Both engines' parallel sizes must fit the model."""
     config, rollout = loaded.config, loaded.config.rollout
     try:
         check_layout(architecture, config.train)
-        check_checkpoint(config.model.path, architecture, config.train)
+        if has_weights:
+            check_checkpoint(config.model.path, architecture, config.train)
         if config.lora.rank == 0 and config.has_rollout_engine:
             check_rounding(architecture, recipe_of(config.quant), config.train)
         if config.has_rollout_engine:
@@ -230,6 +238,7 @@ def describe(plan: Plan) -> str:
     sizes = {
         "starts": f"after step {plan.resume.step} of {plan.resume.folder}" if plan.resume else "anew",
         "model": describe_model(plan.architecture),
+        "weights": "read, of quant.format" if plan.has_weights else "none in model.path: not checked",
         "prompts to train on": f"{len(plan.prompts)} ({len(plan.eval_prompts)} held out)",
         "prompts left out": f"{plan.left_out} (longer than data.max_prompt_tokens={config.data.max_prompt_tokens})",
         "prompts a step": config.algorithm.prompts_per_step,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -13,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.locations import scalar_lines
+from qerl_rl.config.mindspeed import Translation, is_mindspeed, is_theirs, translate
 from qerl_rl.config.schema import Config
 
 
@@ -21,27 +24,32 @@ class KeyLocations:
 
     def __init__(self, path: Path, overrides: Sequence[str]) -> None:
         self._path = path
-        self._lines: dict[str, int] = {}
+        self._lines: dict[str, str] = {}
         self._texts: dict[str, str] = {}
         self._overridden = {key: text for key, _, text in (override.partition("=") for override in overrides)}
-        root = yaml.compose(path.read_text(encoding="utf-8"))
-        if root is not None:
-            self._walk(root, "")
+        self._origins: Mapping[str, str] = {}
+        self.add(path)
 
-    def _walk(self, node: yaml.Node, prefix: str) -> None:
-        if not isinstance(node, yaml.MappingNode):
-            return
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            self._lines[name] = key.start_mark.line + 1
-            if isinstance(value, yaml.ScalarNode):
-                self._texts[name] = value.value
-            self._walk(value, f"{name}.")
+    def add(self, path: Path) -> None:
+        """Read another file; what was read before counts."""
+        for names, line, text in scalar_lines(path.read_text(encoding="utf-8")):
+            name = ".".join(names)
+            if name in self._lines:
+                continue
+            self._lines[name] = f"{path}:{line}"
+            if text is not None:
+                self._texts[name] = text
+
+    def translated(self, origins: Mapping[str, str]) -> None:
+        """From now on, say of each key where the key of another program's launch file stands that it comes from."""
+        self._origins, self._lines, self._texts = origins, {}, {}
 
     def __call__(self, key: str) -> str:
         if key in self._overridden:
             return "command line"
-        return f"{self._path}:{self._lines[key]}" if key in self._lines else str(self._path)
+        if key in self._origins:
+            return self._origins[key]
+        return self._lines.get(key, str(self._path))
 
     def as_written(self, key: str) -> str | None:
         """The characters that a key was set to, without quotes; None where that is no plain value."""
@@ -54,10 +62,15 @@ class LoadedConfig:
 
     config: Config
     locate: KeyLocations
+    translation: Translation | None = None
+    """What became of a launch file of MindSpeed-RL; None for one of ours."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read the YAML file at `path`, put `key=value` overrides on top, and check every key and type.
+
+    A file may stand on others (`defaults: [{envs: ascend_a3}]`, for envs/ascend_a3.yaml beside it). A launch file of
+    MindSpeed-RL is translated first; overrides may then be keys of theirs, too.
 
     Raises: ConfigError for a missing or unreadable file, an unknown key (with the nearest known one) or a value of the
     wrong type.
@@ -81,13 +94,45 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     for override in overrides:
         if "=" not in override or override.startswith(("=", "-")):
             raise ConfigError(f"'{override}' is not an override.", fix="write section.key=value", where="command line")
+    translation = None
+    if is_mindspeed(from_file):
+        translation = translate(path, from_file, overrides)
+        locate.translated(translation.origins)
+        from_file = OmegaConf.create(translation.values)
+        overrides = [override for override in overrides if not is_theirs(override)]
+    elif "defaults" in from_file:
+        from_file = _on_top_of_defaults(path, from_file, locate)
     from_line = _from_command_line(overrides)
     try:
-        values = OmegaConf.to_container(OmegaConf.merge(from_file, from_line), resolve=True)
+        values = OmegaConf.to_container(OmegaConf.unsafe_merge(from_file, from_line), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{_one_line(error)}.", fix="correct the interpolation", where=str(path)) from None
     config = _build(Config, cast("dict[str, Any]", values), "", locate)
-    return LoadedConfig(config, locate)
+    return LoadedConfig(config, locate, translation)
+
+
+def _on_top_of_defaults(path: Path, own: DictConfig, locate: KeyLocations) -> DictConfig:
+    """The sections of the files that `defaults: [{FOLDER: NAME}]` names, FOLDER/NAME.yaml beside the launch file, with
+    the file's own on top."""
+    merged = OmegaConf.create()
+    for entry in own.pop("defaults") or []:
+        if not isinstance(entry, DictConfig) or not all(isinstance(name, str) for name in entry.values()):
+            problem, fix = f"defaults holds {entry!r}.", "write `- FOLDER: NAME`, for FOLDER/NAME.yaml beside this file"
+            raise ConfigError(problem, fix=fix, where=locate("defaults"))
+        for folder, name in entry.items():
+            file = path.parent / str(folder) / f"{name}.yaml"
+            if not file.is_file():
+                near = difflib.get_close_matches(name, [other.stem for other in file.parent.glob("*.yaml")], n=1)
+                fix = f"write {near[0]}" if near else f"put {name}.yaml into {file.parent}"
+                raise ConfigError(f"there is no file {file}.", fix=fix, where=locate("defaults"))
+            try:
+                merged.merge_with(OmegaConf.load(file))
+                locate.add(file)
+            except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+                problem = f"{file} is not readable YAML: {_one_line(error)}."
+                raise ConfigError(problem, fix="correct the YAML", where=str(file)) from None
+    merged.merge_with(own)
+    return merged
 
 
 def _from_command_line(overrides: Sequence[str]) -> DictConfig:
@@ -156,12 +201,18 @@ def _value(hint: Any, value: Any, name: str, locate: KeyLocations) -> Any:
         return float(value)
     # OmegaConf's own nodes convert and check plain values ("1e-3" is a float, "yes" is no bool).
     try:
-        holder = OmegaConf.structured(dataclasses.make_dataclass("Holder", [("value", hint)]))
+        holder = OmegaConf.structured(_holder(hint))
         holder.value = value
         return holder.value
     except OmegaConfBaseException:
         kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}[hint.__name__]
         raise ConfigError(f"{name}={value!r} is not {kind}.", fix=f"set {name} to {kind}", where=locate(name)) from None
+
+
+@functools.cache
+def _holder(hint: Any) -> type:
+    """A dataclass with one value of that type (making one takes a hundred times as long as using it)."""
+    return dataclasses.make_dataclass("Holder", [("value", hint)])
 
 
 def _unknown_key(name: str, key: str, prefix: str, known: list[str], locate: KeyLocations) -> ConfigError:
