@@ -148,10 +148,24 @@ def _contiguous(tensor: torch.Tensor, *, memory_format: torch.memory_format = to
 def install_kernels(kernels: dict[str, Callable[..., Any]]) -> None:
     """Give operators of torch_npu these CPU implementations.
 
+    They get what the schema requires by position, and everything that has a default by its name in the schema.
     Raises: AttributeError when torch_npu has no such operator.
     """
     library = torch.library.Library("npu", "IMPL")
     _kept.append(library)
     for name, compute in kernels.items():
-        getattr(torch.ops.npu, name)
-        library.impl(name, kernel(compute), "PrivateUse1", allow_override=True)
+        named = _by_schema(getattr(torch.ops.npu, name).default._schema, compute)
+        library.impl(name, kernel(named), "PrivateUse1", allow_override=True)
+
+
+def _by_schema(schema: Any, compute: Callable[..., Any]) -> Callable[..., Any]:
+    # The dispatcher leaves out arguments that have their default.
+    required = [argument.name for argument in schema.arguments if not argument.has_default_value()]
+    defaults = {each.name: each.default_value for each in schema.arguments if each.has_default_value()}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        by_position = [given.pop(name) for name in required]
+        return compute(*by_position, **(defaults | given))
+
+    return run

@@ -167,13 +167,14 @@ def moe_token_permute(
 
 
 def moe_token_permute_grad(
-    tokens: torch.Tensor,
     gradient: torch.Tensor,
-    indices: torch.Tensor,
     sorted_indices: torch.Tensor,
+    tokens: int,
+    dtype: torch.dtype,
+    chosen: int,
     padded_mode: bool = False,
 ) -> torch.Tensor:
-    return gradient[sorted_indices.long()].unflatten(0, indices.shape).float().sum(1).to(tokens.dtype)
+    return gradient[sorted_indices.long()].unflatten(0, (tokens, chosen)).float().sum(1).to(dtype)
 
 
 def moe_token_unpermute(
@@ -183,9 +184,10 @@ def moe_token_unpermute(
     padded_mode: bool = False,
     restore_shape: Any = None,
 ) -> torch.Tensor:
-    _only(probs is not None and not padded_mode, "probabilities, without padding")
-    rows = permuted[sorted_indices.long()].unflatten(0, probs.shape).float()  # type: ignore[union-attr]
-    return torch.einsum("tkh,tk->th", rows, probs.float()).to(permuted.dtype)  # type: ignore[union-attr]
+    if probs is None or padded_mode:
+        raise NotImplementedError("the simulated operator is for rows with probabilities only")
+    rows = permuted[sorted_indices.long()].unflatten(0, probs.shape).float()
+    return torch.einsum("tkh,tk->th", rows, probs.float()).to(permuted.dtype)
 
 
 def moe_token_unpermute_saving(
@@ -196,19 +198,23 @@ def moe_token_unpermute_saving(
 
 
 def moe_token_unpermute_grad(
-    permuted: torch.Tensor,
     gradient: torch.Tensor,
     sorted_indices: torch.Tensor,
+    rows: int,
+    dtype: torch.dtype,
     probs: torch.Tensor | None = None,
     padded_mode: bool = False,
     restore_shape: Any = None,
+    permuted_tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if probs is None or permuted_tokens is None:
+        raise NotImplementedError("the simulated operator is for rows with probabilities only")
     order = sorted_indices.long()
-    rows = permuted[order].unflatten(0, probs.shape).float()  # type: ignore[union-attr]
-    of_rows = torch.einsum("th,tk->tkh", gradient.float(), probs.float())  # type: ignore[union-attr]
-    of_permuted = torch.empty_like(permuted)
-    of_permuted[order] = of_rows.flatten(0, 1).to(permuted.dtype)
-    return of_permuted, torch.einsum("th,tkh->tk", gradient.float(), rows).to(probs.dtype)  # type: ignore[union-attr]
+    of_rows = torch.einsum("th,tk->tkh", gradient.float(), probs.float()).flatten(0, 1)
+    of_permuted = torch.empty(rows, gradient.shape[1], dtype=dtype)
+    of_permuted[order] = of_rows.to(dtype)
+    products = torch.einsum("th,tkh->tk", gradient.float(), permuted_tokens[order].unflatten(0, probs.shape).float())
+    return of_permuted, products.to(probs.dtype)
 
 
 def moe_gating_top_k_softmax(
@@ -253,10 +259,10 @@ KERNELS = {
     "npu_fusion_attention_grad": fusion_attention_grad,
     "npu_grouped_matmul": grouped_matmul,
     "npu_moe_token_permute": moe_token_permute,
-    "npu_moe_token_permute_grad": moe_token_permute_grad,
+    "npu_moe_token_permute_grad_v2": moe_token_permute_grad,
     "npu_moe_token_unpermute": moe_token_unpermute,
     "_npu_moe_token_unpermute": moe_token_unpermute_saving,
-    "npu_moe_token_unpermute_grad": moe_token_unpermute_grad,
+    "npu_moe_token_unpermute_grad_v2": moe_token_unpermute_grad,
     "npu_moe_gating_top_k_softmax": moe_gating_top_k_softmax,
     "npu_dynamic_quant": dynamic_quant,
     "npu_convert_weight_to_int4pack": convert_weight_to_int4pack,

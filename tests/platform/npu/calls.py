@@ -1,6 +1,6 @@
 """Every torch_npu call that the code can make, made under the real torch_npu on tensors without memory.
 
-Run as a program, in the environment of `package.environment`: prints one line of JSON. A case is computed twice, on the
+Run as a program, by `package.run_program`: prints one line of JSON. A case is computed twice, on the
 CPU by the reference and on a fake NPU, where the dispatcher binds the arguments to the operator's schema, torch_npu's
 own autograd records, and its meta kernels say shapes and types. What they do not say is whether a kernel accepts these
 shapes, and what it computes.

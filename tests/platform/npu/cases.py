@@ -157,11 +157,13 @@ CASES: dict[str, Case] = {
 
 
 def computed(case: Case, make: Tensors) -> list[torch.Tensor | None]:
-    """What a case returns, then the gradients of its leaves for a gradient of ones at its first result."""
+    """What a case returns, then the gradients of its leaves for some gradient of its first result."""
     found = case(make)
     outputs: list[torch.Tensor | None] = list(found) if isinstance(found, tuple) else [found]
     if make.leaves:
         first = outputs[0]
         assert first is not None
-        outputs += torch.autograd.grad(first, make.leaves, torch.ones_like(first), allow_unused=True)
+        outputs += torch.autograd.grad(
+            first, make.leaves, make.floats(*first.shape, dtype=first.dtype), allow_unused=True
+        )
     return outputs

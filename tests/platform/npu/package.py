@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +22,7 @@ CACHE = Path.home() / ".cache" / "qerl_rl" / f"torch_npu-{VERSION}-torch-{torch.
 OPENED_AT_RUN_TIME = ("libruntime.so", "libopapi.so")
 """Libraries that torch_npu opens by name instead of being linked with."""
 REPOSITORY = Path(__file__).parents[3]
+ACL = REPOSITORY / "tests" / "npu_sim" / "acl.c"
 
 
 def installed() -> Path:
@@ -37,12 +41,7 @@ def installed() -> Path:
             (folder / "symbols.txt").write_text("\n".join(symbols))
             names = [*_missing_libraries(libraries), *OPENED_AT_RUN_TIME]
             (folder / "libraries.txt").write_text("\n".join(names))
-            try:
-                folder.rename(CACHE)
-            except OSError:
-                # Another process was faster, with the same result.
-                if not CACHE.exists():
-                    raise
+            _move(folder, CACHE)
     return CACHE
 
 
@@ -95,31 +94,59 @@ def _missing_libraries(libraries: list[Path]) -> list[str]:
     return sorted(needed - there - set(known))
 
 
-def build_stubs(folder: Path, *sources: Path) -> None:
-    """Compile libraries with CANN's names into `folder`: every symbol does nothing and returns 0, unless the C
-    `sources` define it."""
+def stubs() -> Path:
+    """A folder of libraries with CANN's names, built at the first call on this machine: a function does what acl.c
+    says, or else nothing, and returns 0."""
+    recipe = ACL.read_bytes() + Path(__file__).read_bytes()
+    folder = installed() / f"stubs-{hashlib.sha256(recipe).hexdigest()[:12]}"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+            _build_stubs(Path(temporary) / "made")
+            _move(Path(temporary) / "made", folder)
+    return folder
+
+
+def _build_stubs(folder: Path) -> None:
     lines = []
     for name in (installed() / "symbols.txt").read_text().split():
         # Tables and type information of C++ classes are data.
         is_data = name.startswith(("_ZTV", "_ZTI", "_ZTS"))
         definition = f"char {name}[256];" if is_data else f"long {name}(void) {{ return 0; }}"
+        # What acl.c defines takes its place.
         lines.append(f"__attribute__((weak)) {definition}")
-    folder.mkdir(parents=True, exist_ok=True)
-    stubs, library = folder / "stubs.c", folder / "libcann_stub.so"
-    stubs.write_text("\n".join(lines))
+    folder.mkdir()
+    source, library = folder / "stubs.c", folder / "libcann_stub.so"
+    source.write_text("\n".join(lines))
     # -w: gcc would like other types for what it knows as its own.
     flags = ["-O1", "-fPIC", "-shared", "-w", "-fno-builtin"]
-    subprocess.run(["gcc", *flags, "-o", library, stubs, *sources, "-lpthread"], check=True)
+    subprocess.run(["gcc", *flags, "-o", library, source, ACL, "-lpthread"], check=True)
     for name in (installed() / "libraries.txt").read_text().split():
         # One file under many names is loaded once.
         (folder / name).symlink_to(library.name)
 
 
-def environment(stubs: Path) -> dict[str, str]:
-    """The environment of a process that can `import torch_npu` (after torch)."""
-    return os.environ | {
-        "LD_LIBRARY_PATH": str(stubs),
+def _move(made: Path, folder: Path) -> None:
+    try:
+        made.rename(folder)
+    except OSError:
+        # Another process was faster, with the same result.
+        if not folder.exists():
+            raise
+
+
+def run_program(module: str) -> Any:
+    """What `python -m module` printed last, as JSON, in a process that can `import torch_npu` (after torch).
+
+    Raises: RuntimeError with what it wrote when it fails.
+    """
+    environment = os.environ | {
+        "LD_LIBRARY_PATH": str(stubs()),
         "PYTHONPATH": f"{installed() / 'site'}:{REPOSITORY}",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         "OMP_NUM_THREADS": "1",
     }
+    program = [sys.executable, "-m", module]
+    done = subprocess.run(program, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise RuntimeError(f"{module} ended with {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -6,10 +6,6 @@ Not proven here: what the kernels compute, memory formats, limits of kernels, sp
 from __future__ import annotations
 
 import ast
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,14 +16,9 @@ SOURCES = ("qerl_rl", "trainer", "workers", "transfer_dock")
 
 
 @pytest.fixture(scope="session")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def checked() -> dict[str, Any]:
     """What `calls.py` found."""
-    stubs = tmp_path_factory.mktemp("cann")
-    package.build_stubs(stubs, package.REPOSITORY / "tests" / "npu_sim" / "acl.c")
-    program = [sys.executable, "-m", "tests.platform.npu.calls"]
-    done = subprocess.run(program, env=package.environment(stubs), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return package.run_program("tests.platform.npu.calls")
 
 
 def test_every_case_gives_the_references_shapes_types_and_gradients(checked: dict[str, Any]) -> None:
@@ -90,7 +81,8 @@ def test_device_finds_its_cards_and_counts_their_memory(checked: dict[str, Any])
     assert found["peak"] >= found["allocated"]
 
 
-def test_package_and_stubs_are_kept_for_the_next_run(checked: dict[str, Any], tmp_path: Path) -> None:
-    before = (package.CACHE / "symbols.txt").stat().st_mtime_ns
-    assert package.installed() == package.CACHE
-    assert (package.CACHE / "symbols.txt").stat().st_mtime_ns == before
+def test_package_and_stubs_are_kept_for_the_next_run(checked: dict[str, Any]) -> None:
+    files = package.installed() / "symbols.txt", package.stubs() / "libcann_stub.so"
+    before = [file.stat().st_mtime_ns for file in files]
+    package.installed(), package.stubs()
+    assert [file.stat().st_mtime_ns for file in files] == before
