@@ -13,8 +13,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from qerl_rl.model.base_weight import Base
+from qerl_rl.model.grouped_experts import grouped_expert_mlp
 from qerl_rl.model.grouped_linear import Adapter, GroupProduct, adapter_of, clear_idle, spans
-from qerl_rl.model.swiglu import weighted_swiglu, weighted_swiglu_backward
+from qerl_rl.platform.ops import on_npu, weighted_swiglu, weighted_swiglu_backward
 from qerl_rl.platform.threads import on_threads
 from qerl_rl.quant.formats import Format
 
@@ -113,6 +114,9 @@ def expert_mlp(
     W2 [E, H, I], which get no gradient.
     Returns: [T, H]. Gradients reach x, probabilities and the adapters (zeros where a group has no row).
     """
+    if on_npu(x):
+        # One call for all groups costs less there than launching kernels group by group.
+        return grouped_expert_mlp(x, probabilities, rows, bases, adapters)
     first, second = bases
     matrices = [matrix for adapter in adapters for matrix in ((adapter.a, adapter.b) if adapter else (None, None))]
     scaling = 1.0 if adapters[0] is None else adapters[0].scaling

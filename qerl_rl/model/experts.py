@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from qerl_rl.model.adapted import AdaptedModule, LayerWeights
 from qerl_rl.model.expert_mlp import expert_mlp
 from qerl_rl.model.grouped_linear import Adapter, grouped_linear
-from qerl_rl.model.swiglu import weighted_swiglu, weighted_swiglu_backward
+from qerl_rl.platform.ops import swiglu
 
 
 class StackedExperts(AdaptedModule):
@@ -58,8 +58,7 @@ class StackedExperts(AdaptedModule):
         if not any(base.tensors[0].requires_grad for base in bases):
             return expert_mlp(tokens, probabilities, rows, bases, adapters), None
         hidden = grouped_linear(tokens, bases[0], adapters[0], rows)
-        hidden = _WeightedSwiGlu.apply(hidden, probabilities)
-        return grouped_linear(hidden, bases[1], adapters[1], rows), None
+        return grouped_linear(swiglu(hidden, probabilities), bases[1], adapters[1], rows), None
 
     def _adapter(self, name: str, replicated: str) -> Adapter | None:
         """The adapter of a weight; the matrix that all expert-tensor-parallel ranks hold gets its gradient summed."""
@@ -84,17 +83,3 @@ class _SumGradient(torch.autograd.Function):
         gradient = gradient.contiguous()
         torch.distributed.all_reduce(gradient, group=parallel_state.get_expert_tensor_parallel_group())
         return gradient
-
-
-class _WeightedSwiGlu(torch.autograd.Function):
-    """`weighted_swiglu`, keeping only its inputs: autograd's version keeps four tensors of this size."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(hidden, probabilities)
-        return weighted_swiglu(hidden, probabilities)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return weighted_swiglu_backward(gradient, *ctx.saved_tensors)[:2]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
-from qerl_rl.platform import cpu_adaptor
+from qerl_rl.platform import cpu_adaptor, npu_adaptor
 from qerl_rl.platform.device import Device
 
 _prepared: list[str] = []
@@ -13,7 +11,7 @@ _prepared: list[str] = []
 def prepare_megatron(device: Device) -> None:
     """Apply the adaptor of `device`. Call it before anything imports megatron; a second call does nothing.
 
-    CPU: the patches of `cpu_adaptor`. NPU: torch_npu's transfer_to_npu and MindSpeed's adaptor. CUDA needs none.
+    CPU: the patches of `cpu_adaptor`. NPU: those of `npu_adaptor`. CUDA needs none.
     Raises: PatchError when megatron is imported already, or lacks what a patch replaces; RuntimeError when the process
     was prepared for another device.
     """
@@ -24,6 +22,5 @@ def prepare_megatron(device: Device) -> None:
     if device.name == "cpu":
         cpu_adaptor.apply()
     elif device.name == "npu":
-        importlib.import_module("torch_npu.contrib.transfer_to_npu")
-        importlib.import_module("mindspeed.megatron_adaptor")
+        npu_adaptor.apply()
     _prepared.append(device.name)

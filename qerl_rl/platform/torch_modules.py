@@ -14,6 +14,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from qerl_rl.platform.ops import packed_attention, rms_norm
+
 
 class RMSNorm(torch.nn.Module):
     """y = x / rms(x) * weight over the last dimension, rms in float32.
@@ -28,14 +30,11 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        exact = x.float()
-        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
-        # The weight may be of a wider type, with noise on it; the next layer takes its input's type.
-        return (self.weight * exact.to(x.dtype)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention by torch's scaled_dot_product_attention, with grouped key and value heads.
+    """Causal attention with grouped key and value heads: a fused kernel where the device has one for packed sequences.
 
     Takes [sequence, batch, heads, head_dim], or [tokens, heads, head_dim] of packed sequences (thd), of which each
     attends to itself only.
@@ -60,18 +59,11 @@ class PackedAttention(MegatronModule):
         """
         if packed_seq_params is None:
             mask = None if attention_mask is None else ~attention_mask
-            batched = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
-            output = self._attend(batched[0], batched[1], batched[2], mask)
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            grouped = q.size(1) != k.size(1)
+            output = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
+            )
             return output.permute(2, 0, 1, 3).flatten(2)
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        parts = [x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (query, key, value)]
-        outputs = [self._attend(q, k, v, None) for q, k, v in zip(*parts, strict=True)]
-        return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1).flatten(1)
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        grouped = query.size(1) != key.size(1)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
-        )
+        return packed_attention(query, key, value, lengths, self.scale).flatten(1)

@@ -24,5 +24,5 @@ def table_of_pairs(values: torch.Tensor) -> torch.Tensor:
 
 def look_up(packed: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 [..., K / 2] -> [..., K] of `dtype`: the value of each code, by the table of values of that dtype."""
-    pairs = torch.index_select(table, 0, packed.flatten().int())
+    pairs = torch.index_select(table.to(packed.device), 0, packed.flatten().int())
     return pairs.view(dtype).view(*packed.shape[:-1], -1)

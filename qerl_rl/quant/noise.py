@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from qerl_rl.config.schema import NoiseConfig
+from qerl_rl.platform.ops import add_noise
 
 SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
     "exponential": lambda start, end, progress: start * (end / start) ** progress if start else 0.0,
@@ -60,7 +61,7 @@ class Noise:
         With exempt_router, no element loses more than half of itself, so that `router_correction` stays finite.
         """
         exact = clean.float()
-        noisy = exact + self.sigma * torch.from_numpy(gaussian(self.seed, self.step, name, tuple(clean.shape)))
+        noisy = add_noise(clean, gaussian(self.seed, self.step, name, tuple(clean.shape)), self.sigma)
         if self.exempt_router:
             noisy = torch.where(noisy.abs() < exact.abs() / 2, exact, noisy)
         return noisy

@@ -1,6 +1,9 @@
-"""expert_mlp, and the product of columns it is made of, against autograd on dense weights."""
+"""expert_mlp, by threads and by one call for all groups, and the product of columns it is made of, against autograd on
+dense weights."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,12 +13,15 @@ from hypothesis import strategies as st
 
 from qerl_rl.model.base_weight import Base
 from qerl_rl.model.expert_mlp import expert_mlp
+from qerl_rl.model.grouped_experts import grouped_expert_mlp
 from qerl_rl.model.grouped_linear import Adapter
 from qerl_rl.platform.kernels import ColumnScaler
 from qerl_rl.quant.formats import FORMATS, get_format
 
 EXPERTS, HIDDEN, WIDTH, RANK, SCALING = 5, 64, 32, 4, 0.5
 KINDS = ["float", *FORMATS]
+Way = Callable[..., torch.Tensor]
+WAYS = [pytest.param(expert_mlp, id="threads"), pytest.param(grouped_expert_mlp, id="one call")]
 
 
 def _random(*shape: int, seed: int) -> torch.Tensor:
@@ -55,13 +61,13 @@ def _oracle(leaves: list[torch.Tensor], w13: torch.Tensor, w2: torch.Tensor, row
     return torch.cat(outputs)
 
 
-def _compare(kind: str, rows: list[int]) -> None:
+def _compare(kind: str, rows: list[int], way: Way = expert_mlp) -> None:
     first, w13 = _base(kind, _random(EXPERTS, 2 * WIDTH, HIDDEN, seed=7) * 0.3)
     second, w2 = _base(kind, _random(EXPERTS, HIDDEN, WIDTH, seed=8) * 0.3)
     found, expected = _leaves(sum(rows)), _leaves(sum(rows))
     x, probabilities, a13, b13, a2, b2 = found
     adapters = Adapter(a13, b13, SCALING), Adapter(a2, b2, SCALING)
-    y, oracle = expert_mlp(x, probabilities, rows, (first, second), adapters), _oracle(expected, w13, w2, rows)
+    y, oracle = way(x, probabilities, rows, (first, second), adapters), _oracle(expected, w13, w2, rows)
     gradient = _random(*y.shape, seed=9)
     y.backward(gradient)
     oracle.backward(gradient)
@@ -73,9 +79,10 @@ def _compare(kind: str, rows: list[int]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=3e-5 * float(other.abs().max()) if other.numel() else 0)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_output_and_all_gradients_equal_the_dense_oracle_with_idle_experts(kind: str) -> None:
-    _compare(kind, [0, 9, 5, 0, 7])
+def test_output_and_all_gradients_equal_the_dense_oracle_with_idle_experts(kind: str, way: Way) -> None:
+    _compare(kind, [0, 9, 5, 0, 7], way)
 
 
 @settings(deadline=None, derandomize=True, max_examples=25)

@@ -1,0 +1,38 @@
+"""Run Megatron-core on Ascend: torch_npu's and MindSpeed's adaptors, and what this project adds to them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from qerl_rl.platform.cpu_adaptor import replace
+from qerl_rl.platform.ops import rotary
+
+
+def apply() -> None:
+    """Apply everything; see `prepare_megatron`. Raises: PatchError when Megatron lacks what a patch replaces."""
+    importlib.import_module("torch_npu.contrib.transfer_to_npu")
+    importlib.import_module("mindspeed.megatron_adaptor")
+    fused_rotary()
+
+
+def fused_rotary() -> None:
+    """Megatron's own rotary embedding is seven kernels for each sequence and layer, and keeps what they make."""
+    module = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
+    name = "_apply_rotary_pos_emb_bshd"
+
+    def apply_rotary(
+        t: torch.Tensor,
+        freqs: torch.Tensor,
+        rotary_interleaved: bool = False,
+        multi_latent_attention: bool = False,
+        mscale: float = 1.0,
+    ) -> Any:
+        whole = t.dim() == 4 and freqs.shape[-1] == t.shape[-1]
+        if rotary_interleaved or multi_latent_attention or not whole:
+            return original(t, freqs, rotary_interleaved, multi_latent_attention, mscale)
+        return rotary(t, (torch.cos(freqs) * mscale).to(t.dtype), (torch.sin(freqs) * mscale).to(t.dtype))
+
+    original = replace(module, name, apply_rotary)
