@@ -19,6 +19,7 @@ from qerl_rl.model.formats import rounded_formats
 from qerl_rl.platform import detect
 from qerl_rl.quant.quantize import recipe_of
 from qerl_rl.reshard.checksum import Checksum
+from qerl_rl.reshard.exchange import Exchange
 from qerl_rl.reshard.ledger import Traffic
 from qerl_rl.reshard.node_exchange import make_exchange
 from qerl_rl.reshard.plan import Plan, RankPlan, make_plan
@@ -119,7 +120,7 @@ class PolicyTransfer:
         return self.plan.for_rank(dist.get_rank())
 
     @cached_property
-    def _exchange(self):
+    def _exchange(self) -> Exchange:
         config = self._config
         return make_exchange(detect(config.train.device), DEADLINE * config.fault.train_timeout_s)
 
