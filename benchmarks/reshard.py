@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterable
 from itertools import product
 
-# from benchmarks import reshard_plan
+from benchmarks import reshard_plan
 from benchmarks.figures import Figure
 from benchmarks.reshard_cases import BUCKET_BYTES, FORMATS, RANKS, ROLLOUT, TRAIN, Case, Found, join, measure
 from tests.ranks import RankPool

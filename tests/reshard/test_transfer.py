@@ -14,9 +14,15 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.blocks import ParallelSizes
+from qerl_rl.layout.engine import EngineLayout
 from qerl_rl.layout.holdings import Box, FullTensor, Holding, Layout
+from qerl_rl.layout.tensors import Weights, full_tensors
+from qerl_rl.layout.train import TrainLayout
 from qerl_rl.platform.device import CPU
 from qerl_rl.platform.shared_memory import SharedBlock
+from qerl_rl.quant.quantize import Recipe
 from qerl_rl.reshard.exchange import (
     ALIGNMENT,
     Exchange,
@@ -57,8 +63,7 @@ class Checking:
     def write(self, local: str) -> torch.Tensor:
         assert local not in self.complete_names, f"{local} is written after it was complete"
         if local not in self.open:
-            like = self.expected[local]
-            self.open[local] = torch.full((like.nbytes,), 0x5A, dtype=torch.uint8).view(like.dtype).view(like.shape)
+            self.open[local] = unwritten(self.expected[local].shape, self.expected[local].dtype)
         return self.open[local]
 
     def complete(self, local: str) -> None:
@@ -70,11 +75,16 @@ class Checking:
         assert not self.open
 
 
+def unwritten(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """What memory happens to hold, and what stays in rows that pad a vocabulary."""
+    return torch.full((*shape[:-1], shape[-1] * dtype.itemsize), 0x5A, dtype=torch.uint8).view(dtype)
+
+
 def slices(layout: Layout, rank: int, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The rank's tensors, by plain slicing of the full ones."""
     holdings = layout.holdings(rank)
     dtypes = {holding.local: values[holding.tensor].dtype for holding in holdings}
-    made = {name: torch.zeros(shape, dtype=dtypes[name]) for name, shape in layout.local_shapes(rank).items()}
+    made = {name: unwritten(shape, dtypes[name]) for name, shape in layout.local_shapes(rank).items()}
     for holding in holdings:
         holding.take(made[holding.local]).copy_(values[holding.tensor][holding.box.slices])
     return made
@@ -140,6 +150,62 @@ def addresses(exchange) -> list[int]:
     if isinstance(exchange, NodeExchange):
         return [exchange._block.view(slot * exchange._slot_bytes, 1).data_ptr() for slot in range(2)]
     return [memory.data_ptr() for memory in exchange._memory]
+
+
+MODEL = MoeArchitecture(
+    family="qwen2_moe",
+    layers=2,
+    hidden_size=64,
+    attention_heads=4,
+    key_value_heads=2,
+    head_dim=16,
+    experts=4,
+    experts_per_token=2,
+    expert_width=64,
+    shared_expert_width=64,
+    vocabulary_size=100,
+    max_positions=64,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    normalized_top_k=True,
+    qk_norm=False,
+    qkv_bias=True,
+    tied_embeddings=True,
+)
+TRAIN = {
+    "TP2": ParallelSizes(tensor=2, expert_tensor=2),
+    "EP2": ParallelSizes(expert=2),
+    "PP2": ParallelSizes(pipeline=2),
+    "DP2": ParallelSizes(),
+}
+ROLLOUT = {"TP2": (2, 1, False, 1), "DP2+EP2": (1, 2, True, 1), "two engines": (1, 1, False, 2)}
+FORMATS = {"bf16": None, "int8": Recipe("w8a8"), "int4": Recipe("w4a16", group_size=32)}
+
+
+def swap_between_engines(kind: str):
+    """Real layouts, every pair and format there and back: the number of transfers and of bytes that came."""
+    fresh_world()
+    rank = dist.get_rank()
+    exchange = real_exchange(kind, None, 20.0)
+    received = []
+    for recipe in FORMATS.values():
+        weights = Weights() if recipe is None else Weights.chosen_by(MODEL, recipe.format_of)
+        tensors = full_tensors(MODEL, weights)
+        values = {tensor.name: random_values(tensor) for tensor in tensors}
+        for sizes, (tensor, data, expert_parallel, engines) in itertools.product(TRAIN.values(), ROLLOUT.values()):
+            train = TrainLayout(MODEL, sizes, 2, weights)
+            rollout = EngineLayout(MODEL, tensor, data, expert_parallel, weights, engines)
+            for plan, source, target in both_ways(tensors, train, rollout, 1 << 16):
+                report = reshard(plan.for_rank(rank), source, target, values, exchange)
+                received.append(report.received_bytes)
+    return len(received), sum(received)
+
+
+@pytest.mark.parametrize("kind", ["node", "process group"])
+def test_engines_layouts_on_real_ranks_in_every_format_bit_for_bit(two_ranks, kind):
+    for transfers, received in two_ranks(swap_between_engines, kind):
+        assert transfers == 2 * len(TRAIN) * len(ROLLOUT) * len(FORMATS)
+        assert received > 0
 
 
 def swap_on_real_ranks(kind: str, bucket_bytes: int):

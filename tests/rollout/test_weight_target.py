@@ -77,9 +77,13 @@ def _scored(engine: VllmEngine, temperature: float, groups: list[int]) -> tuple[
     return np.concatenate([[], *(row for _, _, row in rows)]), np.concatenate([[], *found])
 
 
-def _scene(first: Path, second: Path, source: Path | None, format: str) -> dict[str, Any]:
-    """An engine on `first` (rounded while it is loaded, where `source` is the float checkpoint of it) gets `second`."""
+def _scene(cases: dict[str, tuple[Path, Path, Path | None]]) -> dict[str, dict[str, Any]]:
     engine_on = _Engines()
+    return {name: _exchanged(engine_on, *case, name.split()[1]) for name, case in cases.items()}
+
+
+def _exchanged(engine_on: _Engines, first: Path, second: Path, source: Path | None, format: str) -> dict[str, Any]:
+    """An engine on `first` (rounded while it is loaded, where `source` is the float checkpoint of it) gets `second`."""
     live, fresh = engine_on(source, format) if source else engine_on(first), engine_on(second)
     seen: dict[str, Any] = {"first": _answers(live), "second": _answers(fresh), "held": live.held_bytes()}
     seen["scored"] = [_scored(live, temperature, GROUPS) for temperature in (1.0, 0.5, 0.0)]
@@ -120,60 +124,77 @@ def _error(call: Callable[[], Any]) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize(
-    ("family", "format", "at_load"),
-    [
-        ("qwen3_moe", "none", False),
-        ("qwen3_moe", "w8a8", True),
-        ("qwen3_moe", "w4a16", False),
-        ("qwen3_moe", "nvfp4", True),
-        ("qwen2_moe", "w8a8", False),
-        ("mixtral", "none", False),
-    ],
-)
+CASES = {
+    "qwen3_moe none": False,
+    "qwen3_moe w8a8": True,
+    "qwen3_moe w4a16": False,
+    "qwen3_moe nvfp4": True,
+    "qwen2_moe w8a8": False,
+    "mixtral none": False,
+}
+"""Families and formats (biases, shared experts and tied embeddings are qwen2_moe's).
+
+True: one engine rounds the float checkpoint while it loads it; the other one gets what `quantize` wrote.
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(tiny_checkpoint: Callable[..., Path], tiny_quantized: Callable[..., Path]) -> dict[str, dict[str, Any]]:
+    cases: dict[str, tuple[Path, Path, Path | None]] = {}
+    for name, at_load in CASES.items():
+        family, format = name.split()
+        first, second = (tiny_checkpoint(family, "bfloat16", seed=seed, layers=2) for seed in (0, 1))
+        source, options = first if at_load else None, {"group_size": 32} if format == "w4a16" else {}
+        if format != "none":
+            first, second = (tiny_quantized(folder, format, **options) for folder in (first, second))
+        cases[name] = first, second, source
+    return run_engines(_scene, 1, cases)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_a_live_engine_with_other_weights_is_an_engine_built_on_them(
-    tiny_checkpoint: Callable[..., Path],
-    tiny_quantized: Callable[..., Path],
-    family: str,
-    format: str,
-    at_load: bool,
+    seen: dict[str, dict[str, Any]], case: str
 ) -> None:
-    """Biases, shared experts and tied embeddings are qwen2_moe's. What is rounded at load is as `quantize` writes it:
-    the other engine gets that checkpoint's weights."""
-    sources = [tiny_checkpoint(family, "bfloat16", seed=seed, layers=2) for seed in (0, 1)]
-    options = {"group_size": 32} if format == "w4a16" else {}
-    folders = sources if format == "none" else [tiny_quantized(each, format, **options) for each in sources]
-    seen = run_engines(_scene, 1, *folders, sources[0] if at_load else None, format)[0]
-    assert seen["first"] != seen["second"]
-    assert seen["first to second"] == seen["second"]
-    assert seen["second to first"] == seen["first"]
-    for generated, scored in seen["scored"]:
+    found = seen[case]
+    assert found["first"] != found["second"]
+    assert found["first to second"] == found["second"]
+    assert found["second to first"] == found["first"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_scored_as_they_were_generated(seen: dict[str, dict[str, Any]], case: str) -> None:
+    for generated, scored in seen[case]["scored"]:
         assert len(generated) > 40
         _check_scores(generated, scored)
-    assert np.abs(seen["scored"][0][1]).mean() > 0.1
-    assert seen["restored"] == seen["first, scored"] == seen["first"]
-    assert seen["restored zeros"] != seen["first"]
-    _check_bytes(seen)
+    tempered, halved, _ = (scored for _, scored in seen[case]["scored"])
+    assert abs(tempered.mean() - halved.mean()) > 0.1
+    assert seen[case]["first, scored"] == seen[case]["first"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_leave_memory_and_come_back(seen: dict[str, dict[str, Any]], case: str) -> None:
+    found = seen[case]
+    assert found["restored"] == found["first"]
+    assert found["restored zeros"] != found["first"]
+    held, (released, twice) = found["held"]["weights"], found["released"]
+    assert twice == 0
+    assert found["held released"] == found["held"] | {"weights": held - released}
+    assert found["given up"] == released > 0.5 * held
+    assert found["held at last"] == found["held"]
+    assert 0 < found["written"] < 1.5 * held
+    assert "restore_weights" in found["error released"]
+    assert "never completed" in found["error"]
+    assert "weight_target" in found["error given up"]
 
 
 def _check_scores(generated: np.ndarray, scored: np.ndarray) -> None:
-    """Equal but where up to 4 sequences are left, whose unquantized layers take another kernel; bfloat16 logits between 4
-    and 8 lie 2^-5 apart."""
+    """Equal but where up to 4 sequences are left, whose unquantized layers take another kernel.
+
+    Logits between 4 and 8 lie 2^-5 apart in bfloat16.
+    """
     gaps = np.abs(generated - scored)
     assert np.median(gaps) == 0
     assert gaps.mean() < 2.0**-5
-
-
-def _check_bytes(seen: dict[str, Any]) -> None:
-    held, (released, twice) = seen["held"]["weights"], seen["released"]
-    assert twice == 0
-    assert seen["held released"] == seen["held"] | {"weights": held - released}
-    assert seen["given up"] == released > 0.5 * held
-    assert seen["held at last"] == seen["held"]
-    assert 0 < seen["written"] < 1.5 * held
-    assert "restore_weights" in seen["error released"]
-    assert "never completed" in seen["error"]
-    assert "weight_target" in seen["error given up"]
 
 
 def _two_ranks(folders: list[tuple[Path, Path]], layout: dict[str, Any]) -> list[dict[str, Any]]:
