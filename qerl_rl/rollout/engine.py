@@ -11,6 +11,7 @@ import torch
 
 from qerl_rl.quant.noise import Noise
 from qerl_rl.quant.requantize import Survival
+from qerl_rl.rollout.weight_memory import ByteStore
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,16 @@ class RolloutEngine(Protocol):
 
     def restore_kv_cache(self) -> None:
         """Allocate the KV cache again, empty."""
+
+    def release_weights(self, store: ByteStore | None) -> int:
+        """Let the weights leave memory; returns the bytes freed (0 when they are away already).
+
+        store: where they stay meanwhile (always the same). None gives them up: `weight_target` has to bring all of
+        them, and its `finish` ends the release; `restore_weights` is not called then.
+        """
+
+    def restore_weights(self) -> None:
+        """Bring the weights back, bit for bit."""
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes this rank holds now: `weights`, `adapters`, `kv_cache`."""

@@ -37,7 +37,7 @@ from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
 from qerl_rl.rollout.routing import no_experts, routing_engine
 from qerl_rl.rollout.score import score
-from qerl_rl.rollout.weight_memory import drop_unused_copies, weight_bytes
+from qerl_rl.rollout.weight_memory import ByteStore, WeightMemory, drop_unused_copies
 from qerl_rl.rollout.weight_target import WeightTarget
 
 
@@ -82,7 +82,7 @@ class VllmEngine:
             self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
         runner = self._engine.model_executor.driver_worker.worker.model_runner
         drop_unused_copies(runner.model)
-        self._weights = weight_bytes(runner.model)
+        self._weight_memory = WeightMemory(runner.model)
         self._adapters: AdapterSet | MergedAdapters | None = None
         self._architecture = MoeArchitecture.from_folder(model_path)
         self._rank, self._adapter_kinds = dist.get_rank() if dist.is_initialized() else 0, Adapters(lora)
@@ -112,8 +112,7 @@ class VllmEngine:
         group number given twice, a prompt that leaves no room for a response, partial responses that are not one a
         sample, or more groups that must finish than the quota has places.
         """
-        if self._kv_cache.nbytes == 0:
-            raise RuntimeError("generate() while the KV cache is released: call restore_kv_cache() first")
+        self._check_in_memory("generate()")
         waiting = {request.group: self._collector(request) for request in requests}
         if len(waiting) != len(requests):
             raise ValueError("two requests have the same group number")
@@ -135,6 +134,12 @@ class VllmEngine:
             waiting = {}
         finally:
             self._abort(waiting)
+
+    def _check_in_memory(self, call: str) -> None:
+        if self._kv_cache.nbytes == 0:
+            raise RuntimeError(f"{call} while the KV cache is released: call restore_kv_cache() first")
+        if self._weight_memory.is_away:
+            raise RuntimeError(f"{call} while the weights are released: call restore_weights() first")
 
     def _collector(self, request: GroupRequest) -> Collector:
         return Collector(request, self._budget(request), self._stop_tokens, self._no_experts)
@@ -200,8 +205,10 @@ class VllmEngine:
         """See RolloutEngine; cached prefixes of the old policy are forgotten in the end."""
         if self._adapters is None:
             raise RuntimeError("adapters for an engine built without: lora.rank is 0, or nothing is to be adapted")
+        if isinstance(self._adapters, MergedAdapters) and self._weight_memory.is_away:
+            raise RuntimeError("adapters are merged into weights that are released: call restore_weights() first")
         self._adapters.begin(step)
-        return _Served(self._adapters, self._engine.reset_prefix_cache)
+        return _Served(self._adapters, self._served)
 
     def weight_target(self) -> LiveTarget:
         """See RolloutEngine; cached prefixes of the old policy are forgotten in the end.
@@ -214,7 +221,13 @@ class VllmEngine:
         if self._weight_target is None:
             self._weight_target = WeightTarget(self.model, self._engine.vllm_config, self._plan)
         self._weight_target.begin()
-        return _Served(self._weight_target, self._engine.reset_prefix_cache)
+        return _Served(self._weight_target, self._served)
+
+    def _served(self) -> None:
+        """Another policy is served from now on."""
+        if not isinstance(self._adapters, AdapterSet):
+            self._weight_memory.changed()
+        self._engine.reset_prefix_cache()
 
     def _layout(self, tensors: Tensors) -> EngineLayout:
         rollout = self._rollout
@@ -227,8 +240,9 @@ class VllmEngine:
         Raises: RuntimeError while the KV cache is released or samples are being generated; ValueError for fewer than 2
         tokens or max_length of them.
         """
-        if self._kv_cache.nbytes == 0 or self._engine.output_processor.has_unfinished_requests():
-            raise RuntimeError("score() needs the KV cache, and no samples being generated beside it")
+        self._check_in_memory("score()")
+        if self._engine.get_num_unfinished_requests():
+            raise RuntimeError("score() while samples are being generated")
         wrong = next((len(row) for row in tokens if not 2 <= len(row) < self._max_length), None)
         if wrong is not None:
             raise ValueError(f"score() takes 2 to {self._max_length - 1} tokens, not {wrong}")
@@ -265,6 +279,16 @@ class VllmEngine:
         """See RolloutEngine."""
         self._kv_cache.restore()
 
+    def release_weights(self, store: ByteStore | None) -> int:
+        """See RolloutEngine. Raises: RuntimeError while samples are being generated."""
+        if self._engine.get_num_unfinished_requests():
+            raise RuntimeError("release_weights() while samples are being generated")
+        return self._weight_memory.release(store)
+
+    def restore_weights(self) -> None:
+        """See RolloutEngine. Raises: RuntimeError when they were given up."""
+        self._weight_memory.restore()
+
     @property
     def model(self) -> torch.nn.Module:
         """vLLM's model on this rank."""
@@ -273,15 +297,15 @@ class VllmEngine:
     def held_bytes(self) -> dict[str, int]:
         """Bytes of this rank's weights (its shard, as packed), adapters and KV cache."""
         adapters = 0 if self._adapters is None else self._adapters.nbytes
-        return {"weights": self._weights, "adapters": adapters, "kv_cache": self._kv_cache.nbytes}
+        return {"weights": self._weight_memory.nbytes, "adapters": adapters, "kv_cache": self._kv_cache.nbytes}
 
 
 @dataclass(frozen=True)
 class _Served:
-    """A target after whose end the engine forgets the old policy."""
+    """A target whose end the engine hears of."""
 
     target: AdapterSet | MergedAdapters | WeightTarget
-    forget: Callable[[], object]
+    finished: Callable[[], None]
 
     @property
     def locals(self) -> dict[str, tuple[int, ...]]:
@@ -295,7 +319,7 @@ class _Served:
 
     def finish(self) -> int:
         written = self.target.finish()
-        self.forget()
+        self.finished()
         return written
 
 
