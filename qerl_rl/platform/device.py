@@ -6,9 +6,10 @@ import importlib
 import importlib.util
 import resource
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -24,6 +25,60 @@ class MemoryStatistics:
 
     used_bytes: int
     peak_bytes: int
+
+
+class Pending(Protocol):
+    """Something under way (a Future is one)."""
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+
+    def result(self) -> Any:
+        """Wait until it has ended. Raises: what went wrong."""
+
+
+class CopyStream:
+    """Copies beside what the device computes, one after the other; `runtime` is torch's module of the device.
+
+    A CPU (runtime None) has nothing that copies beside it: there a copy is done at once.
+    """
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+        self._stream: Any = None if runtime is None else runtime.Stream()
+
+    def copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Pending:
+        """Begin to copy each (target, source), after all that the device was given so far. Both must live till then."""
+        if self._runtime is None:
+            for target, source in pairs:
+                target.copy_(source)
+            return _Done()
+        self._stream.wait_stream(self._runtime.current_stream())
+        with self._runtime.stream(self._stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            event = self._runtime.Event()
+            event.record(self._stream)
+        return _UntilEvent(event)
+
+
+class _Done:
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _UntilEvent:
+    event: Any
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+    def result(self) -> None:
+        self.event.synchronize()
 
 
 @dataclass(frozen=True)
@@ -53,6 +108,14 @@ class Device:
         """Wait until the device has done all that it was given."""
         if self.name != "cpu":
             self._runtime().synchronize()
+
+    def copy_stream(self) -> CopyStream:
+        """A new stream for copies."""
+        return CopyStream(None if self.name == "cpu" else self._runtime())
+
+    def pinned(self, count: int) -> torch.Tensor:
+        """uint8 [count] of host memory that the device can copy to and from by itself."""
+        return torch.empty(count, dtype=torch.uint8, device="cpu", pin_memory=self.name != "cpu")
 
     @property
     def shares_host_memory(self) -> bool:
