@@ -1,4 +1,4 @@
-"""`python -m qerl_rl COMMAND`: builds the models of the examples, stores a model in fewer bits, and checks one."""
+"""`python -m qerl_rl COMMAND`: builds models, stores one in fewer bits, checks one, and plans a swap."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.quant.command import add_quantize
 from qerl_rl.quant.formats import FORMATS
+from qerl_rl.reshard.command import add_parser as add_reshard_plan
 from qerl_rl.verify.command import add_parser as add_verify
 
 
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         model.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     add_quantize(commands)
     add_verify(commands)
+    add_reshard_plan(commands)
     return parser
 
 

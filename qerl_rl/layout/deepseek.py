@@ -6,7 +6,6 @@ Names of Megatron-core 0.12.1: `MLASelfAttention` with layernorms of its own (lo
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,14 @@ import torch
 
 from qerl_rl.layout.blocks import Block, ParallelSizes
 from qerl_rl.layout.slots import FIRST_STAGE, Piece, Slot
+from qerl_rl.quant.checkpoint import read_config
+
+FAMILIES = ("deepseek_v2", "deepseek_v3")
+
+
+def is_deepseek(path: str | Path) -> bool:
+    """Whether a HF checkpoint folder is of these families."""
+    return read_config(Path(path)).get("model_type") in FAMILIES
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class DeepseekArchitecture:
     @classmethod
     def from_folder(cls, path: str | Path) -> DeepseekArchitecture:
         """Read `config.json` of a HF checkpoint folder of model_type deepseek_v2 or deepseek_v3."""
-        config = json.loads((Path(path) / "config.json").read_text())
+        config = read_config(Path(path))
         return cls(
             layers=config["num_hidden_layers"],
             dense_layers=config["first_k_dense_replace"],

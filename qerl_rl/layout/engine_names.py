@@ -11,6 +11,7 @@ import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from qerl_rl.config.errors import ConfigError
 from qerl_rl.layout.blocks import ParallelSizes
 from qerl_rl.layout.holdings import FullTensor
 from qerl_rl.layout.tensors import Adapters, Architecture, Entry, Tensors, entries
@@ -62,10 +63,14 @@ class Local:
 
 
 def engine_locals(architecture: Architecture, tensors: Tensors) -> list[Local]:
-    """The engine's tensors, in the order of the model."""
+    """The engine's tensors, in the order of the model.
+
+    Raises: ConfigError for weights of different formats in one tensor.
+    """
     found: dict[str, dict[str, Segment]] = {}
     all_entries = entries(architecture, tensors, ParallelSizes())
     present = {entry.tensor.name for entry in all_entries}
+    present |= {name.rpartition(".")[0] for name in present}
     for entry in all_entries:
         if isinstance(tensors, Adapters):
             name, segment = entry.tensor.name.partition(":")[0], _adapter(entry)
@@ -78,6 +83,7 @@ def engine_locals(architecture: Architecture, tensors: Tensors) -> list[Local]:
 
 
 def _weight(entry: Entry, present: set[str]) -> tuple[str, Segment]:
+    """present: all tensors and the modules that have any."""
     tensor = entry.tensor
     leaf = _LEAF.match(tensor.name)
     if leaf is None:
@@ -85,8 +91,14 @@ def _weight(entry: Entry, present: set[str]) -> tuple[str, Segment]:
     stem, module, parameter = leaf["stem"], leaf["module"], leaf["parameter"]
     name = tensor.name
     for fused, members in _FUSED:
-        if module in members and all(f"{stem}{member}.{parameter}" in present for member in members):
-            name = f"{stem}{fused}.{parameter}"
+        if module not in members or not all(f"{stem}{member}" in present for member in members):
+            continue
+        if not all(f"{stem}{member}.{parameter}" in present for member in members):
+            raise ConfigError(
+                f"{tensor.name} is in another format than what vLLM keeps with it in {fused}.",
+                fix=f"quantize {', '.join(members)} alike",
+            )
+        name = f"{stem}{fused}.{parameter}"
     return name, _columns(entry) if module in _ROW_PARALLEL else Segment(tensor, _SPLITS.get(module, WHOLE), 0)
 
 

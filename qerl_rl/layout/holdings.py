@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -77,15 +77,15 @@ class Holding:
 
     def narrowed(self, box: Box) -> Holding:
         """The same for a box within this one's."""
-        bounds = iter(zip(self.box.start, box.start, box.stop, strict=True))
-
-        def inner(index: int | slice) -> int | slice:
-            if isinstance(index, int):
-                return index
-            own, start, stop = next(bounds)
-            return slice(index.start + start - own, index.start + stop - own)
-
-        return replace(self, box=box, index=tuple(map(inner, self.index)))
+        index: list[int | slice] = []
+        dim = 0
+        for each in self.index:
+            if isinstance(each, slice):
+                first = each.start - self.box.start[dim]
+                each = slice(first + box.start[dim], first + box.stop[dim])
+                dim += 1
+            index.append(each)
+        return Holding(self.tensor, box, self.local, self.view, tuple(index))
 
 
 class Layout(Protocol):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
@@ -92,7 +93,7 @@ def entries(architecture: Architecture, tensors: Tensors, sizes: ParallelSizes) 
     """Every piece of every slot, in the order of the model; a tied output layer repeats the embedding."""
     if isinstance(tensors, Adapters):
         if isinstance(architecture, DeepseekArchitecture):
-            raise ValueError("adapters of DeepSeek models have no names in the exchange format")
+            raise ConfigError("DeepSeek models can't be trained with adapters.", fix="set lora.rank to 0")
         found = [
             entry for slot in adapter_slots(architecture, tensors.lora) for entry in _entries(slot, "", tensors.dtype)
         ]

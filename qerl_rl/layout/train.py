@@ -8,9 +8,17 @@ from collections.abc import Hashable, Sequence
 from itertools import accumulate
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.schema import TrainConfig
 from qerl_rl.layout.blocks import Block, Coordinates, ParallelSizes
 from qerl_rl.layout.holdings import Box, Holding
 from qerl_rl.layout.tensors import Architecture, Entry, Tensors, Weights, entries
+
+
+def parallel_sizes(train: TrainConfig) -> ParallelSizes:
+    """The layout of a launch file."""
+    return ParallelSizes(
+        train.tensor_parallel, train.pipeline_parallel, train.expert_parallel, train.expert_tensor_parallel
+    )
 
 
 def coordinates(rank: int, sizes: ParallelSizes, world_size: int) -> Coordinates:
@@ -47,7 +55,7 @@ class TrainLayout:
         layers_per_stage: Sequence[int] = (),
     ) -> None:
         self.world_size, self.sizes, self._layers = world_size, sizes, architecture.layers
-        _check_world(sizes, world_size)
+        check_world(sizes, world_size)
         self._starts = _first_layers(architecture.layers, sizes.pipeline, layers_per_stage)
         self._coordinates = [coordinates(rank, sizes, world_size) for rank in range(world_size)]
         self._entries: dict[str, list[Entry]] = {}
@@ -152,11 +160,15 @@ def _first_layers(layers: int, stages: int, layers_per_stage: Sequence[int]) -> 
             )
         layers_per_stage = [layers // stages] * stages
     if len(layers_per_stage) != stages or sum(layers_per_stage) != layers:
-        raise ValueError(f"{list(layers_per_stage)} are not the {layers} layers of {stages} stages")
+        raise ConfigError(
+            f"{list(layers_per_stage)} are not the {layers} layers of {stages} pipeline stages.",
+            fix=f"give {stages} numbers that add up to {layers} (--layers-per-stage)",
+        )
     return [0, *accumulate(layers_per_stage)][:-1]
 
 
-def _check_world(sizes: ParallelSizes, world_size: int) -> None:
+def check_world(sizes: ParallelSizes, world_size: int) -> None:
+    """Raise ConfigError when the sizes don't fit the number of ranks."""
     for product, keys in (
         (sizes.tensor * sizes.pipeline, "tensor_parallel x train.pipeline_parallel"),
         (

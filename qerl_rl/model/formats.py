@@ -10,6 +10,7 @@ from qerl_rl.config.schema import TrainConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
 from qerl_rl.layout.slots import Slot, weight_slots
+from qerl_rl.layout.tensors import Architecture, model_slots
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.formats import Format, Part
 from qerl_rl.quant.quantize import Recipe
@@ -33,13 +34,13 @@ def stored_formats(reader: CheckpointReader, architecture: MoeArchitecture) -> S
     return found
 
 
-def rounded_formats(architecture: MoeArchitecture, recipe: Recipe | None) -> SlotFormats:
+def rounded_formats(architecture: Architecture, recipe: Recipe | None) -> SlotFormats:
     """The formats that a checkpoint of floats gets by `recipe` (None: it stays floats).
 
     Raises: ConfigError when the rows of a weight can't be cut into groups of its format.
     """
     found = {}
-    for slot in weight_slots(architecture, ParallelSizes()) if recipe else ():
+    for slot in model_slots(architecture, ParallelSizes()) if recipe else ():
         format = recipe.format_of(slot.pieces[0].name) if recipe and slot.quantizable else None
         if format is None:
             continue

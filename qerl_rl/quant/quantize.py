@@ -22,11 +22,11 @@ from qerl_rl.quant.int4_checkpoints import INT4_METHODS, Int4Conversion
 from qerl_rl.quant.modelslim import Description, ModelSlimFormats
 
 # Attention, dense MLPs, shared and routed experts (Mixtral calls those w1, w2, w3).
-_QUANTIZED = re.compile(r"\.layers\.(\d+)\..*(_proj|\.experts\.\d+\.w[123])\.weight$")
+_QUANTIZED = re.compile(r"\.layers\.(\d+)\..*(_proj(_with_mqa)?|\.experts\.\d+\.w[123])\.weight$")
 _ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
 _FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)(\.weight)?$")
 _NEVER = ["lm_head", r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$", r"re:.*shared_expert_gate$"]
-_EXPERTS_TARGET, _OTHERS_TARGET = r"re:.*\.experts\.\d+\..*", r"re:^(?!.*\.experts\.\d+\.).*_proj$"
+_EXPERTS_TARGET, _OTHERS_TARGET = r"re:.*\.experts\.\d+\..*", r"re:^(?!.*\.experts\.\d+\.).*_proj(_with_mqa)?$"
 _FUSED_IN_ENGINES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 

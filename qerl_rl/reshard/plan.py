@@ -53,11 +53,7 @@ class RankPlan:
 
 
 class Plan:
-    """Who sends which box to whom, over all ranks: a few bytes a box. A rank's part is worked out when asked for.
-
-    tensor, box, sender, receiver, bucket: arrays with an element for each box that is copied or sent, in the order of
-    their buckets; box: its number in the route of the tensor.
-    """
+    """Who sends which box to whom, over all ranks: 48 bytes a box. A rank's part is worked out when asked for."""
 
     def __init__(
         self,
@@ -145,7 +141,9 @@ class _Side:
         """The rank's place of a box."""
         if tensor not in self._holdings:
             self._holdings[tensor] = self._layout.holdings_of(tensor, self._rank)
-        found = next(holding for holding in self._holdings[tensor] if holding.box.meet(box) == box)
+        found, *others = self._holdings[tensor]
+        if others:
+            found = next(holding for holding in (found, *others) if holding.box.meet(box) == box)
         self._last[found.local] = max(self._last[found.local], bucket)
         return found.narrowed(box)
 

@@ -8,20 +8,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
-import torch
 import torch.distributed as dist
 
 from qerl_rl.config.schema import Config
-from qerl_rl.layout.engine import EngineLayout
-from qerl_rl.layout.tensors import Adapters, Tensors, Weights, full_tensors
-from qerl_rl.layout.train import TrainLayout
-from qerl_rl.model.formats import rounded_formats
 from qerl_rl.platform import detect
-from qerl_rl.quant.quantize import recipe_of
 from qerl_rl.reshard.checksum import Checksum
+from qerl_rl.reshard.exchange import Exchange
 from qerl_rl.reshard.ledger import Traffic
+from qerl_rl.reshard.moved import plan_of
 from qerl_rl.reshard.node_exchange import make_exchange
-from qerl_rl.reshard.plan import Plan, RankPlan, make_plan
+from qerl_rl.reshard.plan import Plan, RankPlan
 from qerl_rl.reshard.transfer import TransferReport, transfer
 from qerl_rl.rollout.engine import RolloutEngine
 from qerl_rl.train.engine import TrainEngine
@@ -48,13 +44,7 @@ class PolicyTransfer:
     @cached_property
     def plan(self) -> Plan:
         """From the trainer's layout to the engines'. Raises: ConfigError where one can't hold this model."""
-        return make_plan(
-            full_tensors(self._train.architecture, self._tensors),
-            self._source_layout,
-            self._target_layout,
-            bucket_bytes=self._config.swap.bucket_bytes,
-            ranks_per_node=ranks_per_node(),
-        )
+        return plan_of(self._config, self._train.architecture, ranks_per_node())
 
     def move(self, step: int, *, check: bool) -> Moved:
         """Fill the engine with the policy as it is; collective. `check` compares sums of both sides.
@@ -90,43 +80,18 @@ class PolicyTransfer:
     # ---- made at the first swap
 
     @cached_property
-    def _tensors(self) -> Tensors:
-        architecture, config = self._train.architecture, self._config
-        if self._train.has_adapters:
-            return Adapters(config.lora, getattr(torch, config.train.dtype))
-        formats = rounded_formats(architecture, recipe_of(config.quant))
-        return Weights(formats, getattr(torch, config.rollout.dtype))
-
-    @cached_property
-    def _source_layout(self) -> TrainLayout:
-        from qerl_rl.model.parallel import current_sizes
-
-        return TrainLayout(self._train.architecture, current_sizes(), dist.get_world_size(), self._tensors)
-
-    @cached_property
-    def _target_layout(self) -> EngineLayout:
-        rollout = self._config.rollout
-        return EngineLayout(
-            self._train.architecture,
-            rollout.tensor_parallel,
-            rollout.data_parallel,
-            rollout.expert_parallel,
-            self._tensors,
-        )
-
-    @cached_property
     def _rank_plan(self) -> RankPlan:
         return self.plan.for_rank(dist.get_rank())
 
     @cached_property
-    def _exchange(self):
+    def _exchange(self) -> Exchange:
         config = self._config
         return make_exchange(detect(config.train.device), DEADLINE * config.fault.train_timeout_s)
 
     @cached_property
     def _checksum(self) -> Checksum:
-        layouts = self._source_layout, self._target_layout
-        return Checksum(self.plan.tensors, *layouts, dist.get_rank(), self._train.device)
+        plan = self.plan
+        return Checksum(plan.tensors, plan.source, plan.target, dist.get_rank(), self._train.device)
 
     @cached_property
     def _over_lower_bound(self) -> float:

@@ -1,17 +1,18 @@
 """Executes one rank's part of a plan: pack, send, copy, unpack, bucket by bucket, in the type that travels.
 
-While bucket i is on its way, bucket i + 1 is packed and what stays on the rank is copied. Besides the tensors of both
+While bucket i is on its way, what stays on the rank is copied and bucket i + 1 is packed. Besides the tensors of both
 sides there are two buckets of staging, which the exchange keeps from one swap to the next.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -55,19 +56,22 @@ class TransferReport:
     received_bytes: int = 0
     staging_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    _stages: list[str] = field(default_factory=list, repr=False)
+    _stage: str = field(default="", repr=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count what runs inside for this stage, not for the one around it."""
-        self._stages.append(name)
-        begin = perf_counter()
+        """Count what runs inside for this stage."""
+        begin, self._stage = perf_counter(), name
         yield
+        self.seconds[name] += perf_counter() - begin
+
+    def finish(self, done: Callable[[str], None], local: str) -> None:
+        """Tell a side that a tensor is through; the stage in which that falls is not charged with it."""
+        begin = perf_counter()
+        done(local)
         seconds = perf_counter() - begin
-        self._stages.pop()
-        self.seconds[name] += seconds
-        for outer in self._stages[-1:]:
-            self.seconds[outer] -= seconds
+        self.seconds["finish"] += seconds
+        self.seconds[self._stage] -= seconds
 
 
 @torch.no_grad()
@@ -80,13 +84,13 @@ def transfer(plan: RankPlan, source: Source, target: Target, exchange: Exchange)
     Raises: TransferError when a peer does not come in time, or fails.
     """
     report = TransferReport()
-    exchange.open([_messages(bucket, plan.dtypes) for bucket in plan.buckets])
-    report.staging_bytes = exchange.staging_bytes
     steps = [_Step(number, bucket, plan.dtypes, source, target, report) for number, bucket in enumerate(plan.buckets)]
+    exchange.open([step.messages() for step in steps])
+    report.staging_bytes = exchange.staging_bytes
     for step in steps[:1]:
         step.send(exchange)
     for step, following in zip(steps, [*steps[1:], None], strict=True):
-        # Copies first: a source that this bucket reads may end with what the next one sends of it.
+        # Before the next bucket's packing, which may be the last to read what is copied here.
         step.copy()
         if following is not None:
             following.send(exchange)
@@ -110,45 +114,58 @@ class _Step:
         report: TransferReport,
     ) -> None:
         self._number, self._bucket, self._dtypes, self._report = number, bucket, dtypes, report
-        reads = (*(copy.source for copy in bucket.copies), *_all(bucket.sends))
-        writes = (*(copy.target for copy in bucket.copies), *_all(bucket.receives))
+        self._sends, self._receives = _placed(bucket.sends, dtypes), _placed(bucket.receives, dtypes)
+        reads = [copy.source for copy in bucket.copies] + _all(bucket.sends)
+        writes = [copy.target for copy in bucket.copies] + _all(bucket.receives)
         self._sources = _Borrowed(source.read, source.finished, reads, bucket.finished_sources, report)
         self._targets = _Borrowed(target.write, target.complete, writes, bucket.complete_targets, report)
 
+    def messages(self) -> Messages:
+        """What goes to and comes from each peer."""
+        sends, receives = (
+            {peer: places[-1].end for peer, places in parts.items()} for parts in (self._sends, self._receives)
+        )
+        return Messages(sends, receives)
+
     def send(self, exchange: Exchange) -> None:
+        """Pack and start the bucket."""
         with self._report.stage("wait"):
             memory = exchange.outgoing(self._number)
         with self._report.stage("pack"):
-            for peer, message in memory.items():
-                for holding, packed in _boxes(message, self._bucket.sends[peer], self._dtypes):
-                    packed.copy_(self._sources.take(holding))
-                    self._sources.used(holding)
-                    self._report.sent_bytes += packed.nbytes
+            for peer, places in self._sends.items():
+                for place in places:
+                    place.in_message(memory[peer]).copy_(self._sources.take(place.holding))
+                    self._sources.used(place.holding)
+                    self._report.sent_bytes += place.end - place.begin
             exchange.start(self._number)
 
     def copy(self) -> None:
+        """Copy what stays on the rank."""
         with self._report.stage("copy"):
             for copy in self._bucket.copies:
                 travels = self._dtypes[copy.source.tensor]
-                _fill(self._targets.take(copy.target), self._sources.take(copy.source), travels)
-                self._report.copied_bytes += copy.source.box.elements * travels.itemsize
+                elements = _fill(self._targets.take(copy.target), self._sources.take(copy.source), travels)
+                self._report.copied_bytes += elements * travels.itemsize
                 self._sources.used(copy.source)
                 self._targets.used(copy.target)
 
     def receive(self, exchange: Exchange) -> None:
+        """Wait for the bucket and unpack it."""
         with self._report.stage("wait"):
             memory = exchange.incoming(self._number)
         with self._report.stage("unpack"):
-            for peer, message in memory.items():
-                for holding, packed in _boxes(message, self._bucket.receives[peer], self._dtypes):
-                    self._targets.take(holding).copy_(packed)
-                    self._targets.used(holding)
-                    self._report.received_bytes += packed.nbytes
+            for peer, places in self._receives.items():
+                for place in places:
+                    self._targets.take(place.holding).copy_(place.in_message(memory[peer]))
+                    self._targets.used(place.holding)
+                    self._report.received_bytes += place.end - place.begin
             exchange.release(self._number)
 
     def end(self) -> None:
-        self._sources.end()
-        self._targets.end()
+        """Report the tensors that end with this bucket, although it does not touch them."""
+        with self._report.stage("finish"):
+            self._sources.end()
+            self._targets.end()
 
 
 class _Borrowed:
@@ -189,44 +206,42 @@ class _Borrowed:
 
     def _finish(self, local: str) -> None:
         del self._ending[local]
-        with self._report.stage("finish"):
-            self._done(local)
+        self._report.finish(self._done, local)
 
 
-def _fill(place: torch.Tensor, box: torch.Tensor, travels: torch.dtype) -> None:
+class _Place(NamedTuple):
+    """Where a box lies in a message: its first byte, and the one behind its last."""
+
+    holding: Holding
+    begin: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def in_message(self, message: torch.Tensor) -> torch.Tensor:
+        return message[self.begin : self.end].view(self.dtype).view(self.shape)
+
+
+def _placed(parts: Mapping[int, tuple[Holding, ...]], dtypes: Mapping[str, torch.dtype]) -> dict[int, list[_Place]]:
+    """The boxes of each peer's message; both sides reckon alike."""
+    placed: dict[int, list[_Place]] = {}
+    for peer, holdings in parts.items():
+        end = 0
+        for holding in holdings:
+            dtype, shape = dtypes[holding.tensor], holding.box.shape
+            # To be viewed as its type; where that is the same for all, messages have no gaps.
+            begin = -(-end // dtype.itemsize) * dtype.itemsize
+            end = begin + math.prod(shape) * dtype.itemsize
+            placed.setdefault(peer, []).append(_Place(holding, begin, end, dtype, shape))
+    return placed
+
+
+def _fill(place: torch.Tensor, box: torch.Tensor, travels: torch.dtype) -> int:
+    """Copy a box; returns its elements."""
     # A wider type would else get digits that no other rank's copy has.
     place.copy_(box if place.dtype == travels else box.to(travels))
+    return place.numel()
 
 
 def _all(parts: Mapping[int, tuple[Holding, ...]]) -> list[Holding]:
     return [holding for holdings in parts.values() for holding in holdings]
-
-
-def _messages(bucket: Bucket, dtypes: Mapping[str, torch.dtype]) -> Messages:
-    def sizes(parts: Mapping[int, tuple[Holding, ...]]) -> dict[int, int]:
-        return {peer: _end(holdings, dtypes) for peer, holdings in parts.items() if holdings}
-
-    return Messages(sizes(bucket.sends), sizes(bucket.receives))
-
-
-def _places(holdings: Iterable[Holding], dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[Holding, int, int]]:
-    """Where each box lies in a message: first byte, and the one behind the last. Both sides reckon alike."""
-    end = 0
-    for holding in holdings:
-        item_size = dtypes[holding.tensor].itemsize
-        # A view as its type needs this much; more would make the message larger than the bucket was planned.
-        begin = -(-end // item_size) * item_size
-        end = begin + holding.box.elements * item_size
-        yield holding, begin, end
-
-
-def _end(holdings: Iterable[Holding], dtypes: Mapping[str, torch.dtype]) -> int:
-    return max(end for _, _, end in _places(holdings, dtypes))
-
-
-def _boxes(
-    memory: torch.Tensor, holdings: Iterable[Holding], dtypes: Mapping[str, torch.dtype]
-) -> Iterator[tuple[Holding, torch.Tensor]]:
-    """Each box of a message, as a view of it."""
-    for holding, begin, end in _places(holdings, dtypes):
-        yield holding, memory[begin:end].view(dtypes[holding.tensor]).view(holding.box.shape)

@@ -12,7 +12,7 @@ from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
 from qerl_rl.layout.deepseek import DeepseekArchitecture
 from qerl_rl.layout.engine import EngineLayout
-from qerl_rl.layout.holdings import FullTensor, Layout
+from qerl_rl.layout.holdings import FullTensor, Holding, Layout
 from qerl_rl.layout.tensors import Adapters, Architecture, Tensors, Weights
 from qerl_rl.layout.train import TrainLayout
 from qerl_rl.quant.formats import get_format
@@ -26,7 +26,7 @@ def moe(family: str = "qwen3_moe", **sizes: int | bool) -> MoeArchitecture:
     """A small model: 4 query heads of 8 over 2 key-value heads, 8 experts, widths that int4 in groups of 32 divides."""
     has_shared = family == "qwen2_moe"
     fields = {
-        "layers": 4,
+        "layers": 3,
         "hidden_size": 64,
         "attention_heads": 8,
         "key_value_heads": 4,
@@ -50,7 +50,7 @@ def moe(family: str = "qwen3_moe", **sizes: int | bool) -> MoeArchitecture:
 def deepseek(**sizes: int | None) -> DeepseekArchitecture:
     """DeepSeek-V3 in small: one dense layer, then MoE layers."""
     fields = {
-        "layers": 4,
+        "layers": 3,
         "dense_layers": 1,
         "hidden_size": 64,
         "attention_heads": 8,
@@ -69,6 +69,14 @@ def deepseek(**sizes: int | None) -> DeepseekArchitecture:
     return DeepseekArchitecture(**(fields | sizes))  # type: ignore[arg-type]
 
 
+ARCHITECTURES: list[Architecture] = [
+    *map(moe, ("qwen3_moe", "qwen2_moe", "mixtral")),
+    moe(experts=12),
+    deepseek(),
+    deepseek(q_lora_rank=None),
+]
+
+
 @st.composite
 def tensors_of(draw: st.DrawFn, architecture: Architecture) -> Tensors:
     """Weights in bfloat16, int8 or packed int4 (experts or all of them), or adapters."""
@@ -85,16 +93,14 @@ def tensors_of(draw: st.DrawFn, architecture: Architecture) -> Tensors:
 
 @st.composite
 def train_layouts(draw: st.DrawFn, architecture: Architecture, tensors: Tensors, world_size: int) -> TrainLayout:
-    """Any sizes that divide the model and the ranks, also of stages that don't divide the layers."""
-    stages = draw(_size(world_size, most=4))
+    """Any sizes that divide the model and the ranks, 3 layers on 2 stages too."""
+    stages = draw(_size(world_size, most=3))
     in_stage = world_size // stages
     tensor = draw(_size(in_stage, divides=4))
     expert_tensor = draw(st.sampled_from([1, tensor]))
     expert = draw(_size(in_stage // expert_tensor, divides=architecture.experts))
-    uneven = {2: [3, 1], 3: [1, 2, 1]}.get(stages, ())
-    if architecture.layers % stages == 0 and draw(st.booleans()):
-        uneven = ()
-    return TrainLayout(architecture, ParallelSizes(tensor, stages, expert, expert_tensor), world_size, tensors, uneven)
+    layers = [2, 1] if stages == 2 else []
+    return TrainLayout(architecture, ParallelSizes(tensor, stages, expert, expert_tensor), world_size, tensors, layers)
 
 
 @st.composite
@@ -145,23 +151,40 @@ def same_bits(left: Memory, right: Memory) -> bool:
 
 
 def execute(plan: Plan, memories: Sequence[Memory]) -> list[Memory]:
-    """What the ranks hold after a plan, by plain indexing, each rank acting on its own part alone."""
+    """What the ranks hold after a plan, by plain indexing, each rank acting on its own part alone.
+
+    A source that is finished is gone; a target that is complete must not change any more, and each gets complete.
+    """
     parts = [plan.for_rank(rank) for rank in range(plan.world_size)]
-    results = [_empty(plan, rank) for rank in range(plan.world_size)]
-    for bucket in range(plan.bucket_count):
-        for rank, part in enumerate(parts):
-            for copy in part.buckets[bucket].copies:
-                copy.target.take(results[rank][copy.target.local]).copy_(
-                    copy.source.take(memories[rank][copy.source.local])
-                )
-            for peer, received in part.buckets[bucket].receives.items():
-                for target, source in zip(received, parts[peer].buckets[bucket].sends[rank], strict=True):
-                    assert (target.tensor, target.box) == (source.tensor, source.box)
-                    target.take(results[rank][target.local]).copy_(source.take(memories[peer][source.local]))
-    return results
+    left = [dict(memory) for memory in memories]
+    filling = [empty(plan, rank) for rank in range(plan.world_size)]
+    complete: list[Memory] = [{} for _ in parts]
+    for number in range(plan.bucket_count):
+        buckets = [part.buckets[number] for part in parts]
+        for rank, bucket in enumerate(buckets):
+            for copy in bucket.copies:
+                _copy(copy.target, filling[rank], copy.source, left[rank])
+            for peer, received in bucket.receives.items():
+                for target, source in zip(received, buckets[peer].sends[rank], strict=True):
+                    _copy(target, filling[rank], source, left[peer])
+            assert set(buckets[rank].sends) == {peer for peer, other in enumerate(buckets) if rank in other.receives}
+        for rank, bucket in enumerate(buckets):
+            for name in bucket.finished_sources:
+                del left[rank][name]
+            for name in bucket.complete_targets:
+                complete[rank][name] = filling[rank].pop(name)
+    assert not any(left)
+    assert not any(filling)
+    return complete
 
 
-def _empty(plan: Plan, rank: int) -> Memory:
+def _copy(target: Holding, targets: Memory, source: Holding, sources: Memory) -> None:
+    assert (target.tensor, target.box) == (source.tensor, source.box)
+    target.take(targets[target.local]).copy_(source.take(sources[source.local]))
+
+
+def empty(plan: Plan, rank: int) -> Memory:
+    """A rank's tensors of the target, zero."""
     dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
     of_local = {holding.local: dtypes[holding.tensor] for holding in plan.target.holdings(rank)}
     shapes = plan.target.local_shapes(rank)

@@ -100,7 +100,8 @@ def judged(tiny_w8a8, tiny_checkpoint, tmp_path_factory) -> Config:
     path = classifier(tiny_checkpoint("qwen3_moe", layers=2), tmp_path_factory.mktemp("judge"))
     config = dataclasses.replace(make_config({"w8a8": str(model)}), reward_model=RewardModelConfig(path=str(path)))
     # There is no engine to ask for log-probs.
-    return dataclasses.replace(config, swap=SwapConfig(canary="never", checksum="always"))
+    swap, rollout = SwapConfig(canary="never", checksum="always"), dataclasses.replace(config.rollout, data_parallel=1)
+    return dataclasses.replace(config, swap=swap, rollout=rollout)
 
 
 def held_by(report: dict[str, Any]) -> dict[str, int]:
