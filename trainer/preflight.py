@@ -21,6 +21,7 @@ from qerl_rl.layout.architecture import MoeArchitecture, check_layout
 from qerl_rl.model.formats import check_checkpoint, check_rounding
 from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.quant.quantize import recipe_of
+from qerl_rl.reshard.moved import moved_tensors, target_layout
 from qerl_rl.rewards import load_rewards
 from qerl_rl.rewards.model import check_reward_model
 from qerl_rl.rollout.limits import check_expert_sizes
@@ -144,6 +145,7 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture, ha
             check_rounding(architecture, recipe_of(config.quant), config.train)
         if config.has_rollout_engine:
             check_expert_sizes(config.model.path, rollout)
+            target_layout(config, architecture, moved_tensors(config, architecture))
     except ConfigError as error:
         # What these check is known without a launch file; here the line of the key can be added.
         named = re.search(r"\b[a-z]+\.[a-z_]+(?==)", error.problem)

@@ -42,8 +42,11 @@ class EngineLayout:
             for local in self._locals
             for number, segment in enumerate(local.segments)
         }
-        for segment in {segment.kind: segment for local in self._locals for segment in local.segments}.values():
-            self._check(segment)
+        checked: set[Hashable] = set()
+        for segment in (segment for local in self._locals for segment in local.segments):
+            if segment.kind not in checked:
+                self._check(segment)
+                checked.add(segment.kind)
 
     @property
     def world_size(self) -> int:

@@ -58,7 +58,9 @@ class Slot:
         columns = len(self.block.shape) - 1
         split_dim = None if part.columns == 0 and self.block.split_dim == columns else self.block.split_dim
         block = replace(self.block, shape=part.shape(self.block.shape), split_dim=split_dim)
-        pieces = tuple(replace(piece, shape=part.shape(piece.shape)) for piece in self.pieces)
+        # A stack has three pieces an expert, of two shapes.
+        shapes = {shape: part.shape(shape) for shape in {piece.shape for piece in self.pieces}}
+        pieces = tuple(Piece(piece.name, shapes[piece.shape], piece.index) for piece in self.pieces)
         return replace(self, name=self.name + part.suffix, block=block, pieces=pieces)
 
     def stage(self, layers: int, sizes: ParallelSizes) -> int:

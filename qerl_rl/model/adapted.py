@@ -73,7 +73,10 @@ class AdaptedModule(torch.nn.Module):
         if base.format is None:
             return base.tensors[0]
         if name in self._adopted:
-            return torch.stack([base.format.dequantize(base.parts(group)) for group in range(len(base.tensors[0]))])
+            weight = torch.empty(len(base.tensors[0]), base.outputs, base.inputs)
+            for group, matrix in enumerate(weight):
+                matrix.copy_(base.format.dequantize(base.parts(group)))
+            return weight
         parts = {part.suffix: tensor for part, tensor in zip(base.format.parts, base.tensors, strict=True)}
         return base.format.dequantize(parts)
 

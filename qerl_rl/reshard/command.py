@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qerl_rl.config.errors import ConfigError
+
 DESCRIPTION = (
     "Print what one swap of a launch file moves: bytes of each rank and each class of link, beside the fewest there "
     "could be. It needs the model's config.json and starts nothing."
@@ -39,6 +41,8 @@ def run(options: argparse.Namespace) -> None:
     loaded = load_config(options.config, options.overrides)
     check_config(loaded.config, loaded.locate)
     config = loaded.config
+    if options.ranks_per_node < 1:
+        raise ConfigError(f"--ranks-per-node {options.ranks_per_node} is no number of workers.", fix="give 1 or more")
     kind = DeepseekArchitecture if is_deepseek(config.model.path) else MoeArchitecture
     architecture = kind.from_folder(config.model.path)
     plan = plan_of(config, architecture, options.ranks_per_node, options.layers_per_stage)

@@ -53,11 +53,7 @@ class RankPlan:
 
 
 class Plan:
-    """Who sends which box to whom, over all ranks: a few bytes a box. A rank's part is worked out when asked for.
-
-    tensor, box, sender, receiver, bucket: arrays with an element for each box that is copied or sent, in the order of
-    their buckets; box: its number in the route of the tensor.
-    """
+    """Who sends which box to whom, over all ranks: 48 bytes a box. A rank's part is worked out when asked for."""
 
     def __init__(
         self,

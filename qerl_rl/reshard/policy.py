@@ -13,6 +13,7 @@ import torch.distributed as dist
 from qerl_rl.config.schema import Config
 from qerl_rl.platform import detect
 from qerl_rl.reshard.checksum import Checksum
+from qerl_rl.reshard.exchange import Exchange
 from qerl_rl.reshard.ledger import Traffic
 from qerl_rl.reshard.moved import plan_of
 from qerl_rl.reshard.node_exchange import make_exchange
@@ -83,7 +84,7 @@ class PolicyTransfer:
         return self.plan.for_rank(dist.get_rank())
 
     @cached_property
-    def _exchange(self):
+    def _exchange(self) -> Exchange:
         config = self._config
         return make_exchange(detect(config.train.device), DEADLINE * config.fault.train_timeout_s)
 

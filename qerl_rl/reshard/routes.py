@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,10 +44,7 @@ def route(tensor: FullTensor, source: Layout, target: Layout, *, largest: int, r
     Raises: ValueError when the source's ranks do not hold the tensor without hole or overlap.
     """
     held, needed = _boxes(tensor.name, source), _boxes(tensor.name, target)
-    everything = Box.of(tensor.shape).elements
-    if sum(box.elements for box in held) != everything or any(
-        box.meet(other) for box in held for other in held if box is not other and len(held) <= 64
-    ):
+    if not tile(list(held), tensor.shape):
         raise ValueError(f"the ranks don't hold {tensor.name} {tensor.shape} without hole or overlap: {list(held)[:4]}")
     boxes: list[Box] = []
     demands: list[Demand] = []
@@ -83,6 +80,15 @@ def _boxes(tensor: str, layout: Layout) -> dict[Box, dict[int, None]]:
         for holding in layout.holdings_of(tensor, rank):
             found.setdefault(holding.box, {})[rank] = None
     return found
+
+
+def tile(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
+    """Whether the boxes make up a tensor of this shape without hole or overlap."""
+    if sum(box.elements for box in boxes) != Box.of(shape).elements:
+        return False
+    start, stop = (np.array([getattr(box, side) for box in boxes]) for side in ("start", "stop"))
+    meet = (np.maximum(start[:, None], start) < np.minimum(stop[:, None], stop)).all(-1)
+    return int(meet.sum()) == len(boxes)
 
 
 def _nearest(

@@ -9,8 +9,11 @@ the card: one of them at a time is in memory, none during rollout.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 
 from qerl_rl.config.schema import Config
+from qerl_rl.platform import detect
+from qerl_rl.platform.state_store import StateStore, state_store
 from qerl_rl.quant.noise import Noise, sigma_at
 from qerl_rl.reshard.canary import Canary
 from qerl_rl.reshard.ledger import POLICY, SwapReport
@@ -36,13 +39,7 @@ class Swap:
         self._train, self._rollout, self._config = train, rollout, config
         self._models: dict[str, ModelEngine] = {POLICY: train, **(beside or {})}
         self._policy = PolicyTransfer(train, rollout, config)
-        self._canary = Canary(
-            train,
-            rollout,
-            max_length=config.model.max_length,
-            seed=config.run.seed,
-            tolerance=config.swap.canary_tolerance,
-        )
+        self._canary = Canary(train, rollout, config)
         self._served = 0
 
     def to_rollout(self, step: int) -> SwapReport:
@@ -60,6 +57,9 @@ class Swap:
             # Room for the engine's weights; what trains stays until it has been sent.
             report.release(self._offload(name for name in self._models if name != POLICY))
             report.release(_prefixed(POLICY, self._train.begin_offload()))
+        if self._config.swap.release_weights and self._train.has_adapters:
+            with report.stage("weights"):
+                self._rollout.restore_weights()
         self._serve(report, step)
         with report.stage("offload"):
             report.release(_prefixed(POLICY, self._train.offload()))
@@ -94,6 +94,9 @@ class Swap:
         if self._config.swap.release_kv_cache:
             with report.stage("kv_cache"):
                 report.release({"rollout/kv_cache": self._rollout.release_kv_cache()})
+        if self._config.swap.release_weights:
+            with report.stage("weights"):
+                report.release({"rollout/weights": self._rollout.release_weights(self._engine_store)})
         with report.stage("onload"):
             report.release(self.give(model))
         report.held_bytes = self.held_bytes()
@@ -131,6 +134,13 @@ class Swap:
                 report.canary = self._canary.compare(step)
 
     # ---- memory and noise
+
+    @cached_property
+    def _engine_store(self) -> StateStore | None:
+        """Where the engine's weights stay; those of a policy that trains whole come anew with the next swap."""
+        if not self._train.has_adapters:
+            return None
+        return state_store(detect(self._config.train.device), self._config.run.output_dir)
 
     def _offload(self, names: Iterable[str]) -> dict[str, int]:
         released: dict[str, int] = {}

@@ -34,7 +34,7 @@ class Lending:
         found: list[StoredExperts] = []
         for path, layer in self._model.named_modules() if not self._writes_weights else ():
             number = LAYER.search(path)
-            if number and path.endswith(EXPERTS) and expert_kernel(layer) == ADAPTED_KERNEL:
+            if number and path.endswith(EXPERTS) and _is_read(layer):
                 found += _of_layer(layer, f"model.layers.{number[1]}.mlp.experts")
         return found
 
@@ -51,6 +51,11 @@ class Lending:
         """Addresses of the storages that are lent: they are never written and never leave memory."""
         lent = [stored for stored in self.experts() if stored.name in self._lent]
         return {tensor.untyped_storage().data_ptr() for stored in lent for tensor in stored.tensors}
+
+
+def _is_read(layer: Any) -> bool:
+    """Whether `packed_experts` knows the order of the layer's kernel; some platforms have none to ask."""
+    return getattr(layer.quant_method, "moe_kernel", None) is not None and expert_kernel(layer) == ADAPTED_KERNEL
 
 
 def _of_layer(layer: Any, prefix: str) -> Iterator[StoredExperts]:

@@ -55,6 +55,8 @@ def test_adapters_of_a_quantized_base_and_all_weights_are_planned(
     assert adapters.startswith("4 ranks, 2 a node: adapters\n")
     weights = _said([*arguments, *TWO_STAGES, "lora.rank=0", "quant.format=w8a8"], capsys)
     assert weights.startswith("4 ranks, 2 a node: all weights, w8a8\n")
+    assert main([*arguments, *TWO_STAGES, "--ranks-per-node", "0"]) == 2
+    assert "--ranks-per-node 0" in capsys.readouterr().err
     for text in (adapters, weights):
         assert "1.000 of the lower bound" in text
         assert "same node" in text

@@ -145,6 +145,8 @@ def train_and_swap(model, folder, train, rollout):
     worker.swap_to_train()
     samples = share(samples_of(after_tokens), worker)
     twins.score(samples, noise=worker.swap.noise_of(last))
+    # What the trainer reads in the engine's memory stays there.
+    worker.rollout.release_weights(None)
     twins.score(samples, reference=True)
     return {
         "base": (worker._base, twins.experts, twins.spared, twins.alike),

@@ -150,6 +150,12 @@ def test_a_layout_that_cuts_weights_of_one_scale_apart_names_the_group(
     [
         ("quant.format=w8a8", "", ""),
         ("quant.format=none", "", ""),
+        (
+            "quant.format=w4a16 quant.group_size=64 rollout.tensor_parallel=2 rollout.data_parallel=1 "
+            "rollout.expert_parallel=false",
+            "rollout.tensor_parallel=2 does not divide dimension 2 of model.layers.0.mlp.experts.w2_scale",
+            "set rollout.tensor_parallel to 1, or set rollout.expert_parallel to true",
+        ),
         ("quant.format=w4a16 quant.group_size=32", "", ""),
         (f"{DPO} quant.format=w4a16", "", ""),
         ("quant.format=w4a16", "rows of 64 weights can't be cut", "set quant.group_size smaller"),
