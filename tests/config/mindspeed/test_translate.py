@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -97,6 +98,8 @@ MAPPINGS = [
         "algorithm.overlong_penalty",
         0.1,
     ),
+    # Longer ones are left out there.
+    ({}, "data.max_prompt_tokens", 24),
     ({"rl_config.verifier_parallel": 4}, "reward.workers", 4),
     ({"rl_config.verifier_timeout": 120}, "reward.timeout_s", 120.0),
     ({"rl_config.use_tensorboard": True}, "track.tensorboard", True),
@@ -245,6 +248,15 @@ def test_all_that_is_not_done_comes_in_one_error(load: Load) -> None:
         assert named in caught.value.problem
     assert "small_moe.yaml:" in caught.value.problem
     assert "\n" not in str(caught.value)
+
+
+def test_preprocessed_prompts_are_taken_as_they_are_and_pairs_are_not(load: Load, tmp_path: Path) -> None:
+    prefix = tmp_path / "data"
+    Path(f"{prefix}_packed_input_ids_document.idx").touch()
+    assert load(with_keys({"megatron_training.data_path": str(prefix)})).config.data.train_path == str(prefix)
+    training = {**grpo()["megatron_training"], **grpo()["actor_config"], "stage": "dpo", "data_path": str(prefix)}
+    with pytest.raises(ConfigError, match="preprocessed pairs are not read"):
+        load({"defaults": grpo()["defaults"], "megatron_training": training})
 
 
 def test_a_dense_model_is_named_and_another_folder_settles_it(load: Load) -> None:
