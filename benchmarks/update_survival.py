@@ -11,7 +11,7 @@ import statistics
 import torch
 
 from qerl_rl.quant.formats import Format, get_format
-from qerl_rl.quant.requantize import Survival, merged_parts
+from qerl_rl.quant.requantize import Shard, Survival, merged_parts
 from qerl_rl.quant.rounding import Rounding
 
 FORMATS = ("w8a8", "w4a16", "w4a8", "nvfp4", "mxfp4", "mxfp8")
@@ -38,7 +38,7 @@ def survivals(format: Format, size: float, stochastic: bool, draws: int) -> list
     parts, found = format.quantize(weight), []
     for draw in range(draws):
         survival = Survival()
-        merged_parts(format, parts, a, b, Rounding(stochastic, 1, draw), "weight", survival)
+        merged_parts(format, parts, a, b, Rounding(stochastic, 1, draw), Shard("weight"), survival)
         found.append(survival.ratio)
     return found
 

@@ -1,4 +1,4 @@
-"""`python -m qerl_rl COMMAND`: builds the examples' models, stores one in fewer bits, checks it, or the machine."""
+"""`python -m qerl_rl COMMAND`: builds models, stores one in fewer bits, checks one, plans a swap, checks the machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from qerl_rl.config.errors import ConfigError
 from qerl_rl.doctor.command import add_doctor
 from qerl_rl.quant.command import add_quantize
 from qerl_rl.quant.formats import FORMATS
+from qerl_rl.reshard.command import add_parser as add_reshard_plan
 from qerl_rl.verify.command import add_parser as add_verify
 
 
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         model.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     add_quantize(commands)
     add_verify(commands)
+    add_reshard_plan(commands)
     add_doctor(commands)
     return parser
 

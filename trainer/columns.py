@@ -97,6 +97,14 @@ def with_routing(stages: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]
     return {stage: (*columns, column) if (column := read.get(stage)) else columns for stage, columns in stages.items()}
 
 
+def without_reference(stages: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """The stages where there is no reference, so that nobody writes its log-probs."""
+    return {
+        stage: tuple(column for column in columns if column != "reference_log_probs")
+        for stage, columns in stages.items()
+    }
+
+
 def column_types(config: Config) -> dict[str, str]:
     """COLUMNS, with experts' numbers in a type that holds those of the model."""
     types = dict(COLUMNS)
@@ -105,17 +113,23 @@ def column_types(config: Config) -> dict[str, str]:
     return types
 
 
+def stages_of(config: Config, stages: Mapping[str, Sequence[str]]) -> Mapping[str, Sequence[str]]:
+    """The stages of a loop, and what each reads, as the configuration has them."""
+    if not config.has_reference:
+        stages = without_reference(stages)
+    if config.reward_model.on_the_cards:
+        stages = with_model_scores(stages)
+    if config.rollout.carry_prompts:
+        stages = {**stages, **CARRIED}
+    return with_routing(stages) if config.router_replay.is_on else stages
+
+
 def create_dock(config: Config, stages: Mapping[str, Sequence[str]], restore: Path | None = None) -> TransferDock:
     """The dock of a run with these stages; its columns are what they read.
 
     Args: restore: a file with what was left in it when a checkpoint was written.
     """
-    if config.reward_model.on_the_cards:
-        stages = with_model_scores(stages)
-    if config.rollout.carry_prompts:
-        stages = {**stages, **CARRIED}
-    if config.router_replay.is_on:
-        stages = with_routing(stages)
+    stages = stages_of(config, stages)
     read = {column for columns in stages.values() for column in columns}
     return TransferDock.create(
         columns={name: kind for name, kind in column_types(config).items() if name in read},

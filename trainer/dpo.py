@@ -15,7 +15,7 @@ from transfer_dock import Jagged, SampleKey
 
 
 class DpoTrainer(Trainer):
-    """Makes the chosen responses likelier than the rejected ones, measured against the model without its adapters.
+    """Makes the chosen responses likelier than the rejected ones, measured against the model it began with.
 
     dpo.loss makes the same loop IPO or conservative DPO. The rollout engines only answer evaluations.
     """
@@ -51,7 +51,7 @@ class DpoTrainer(Trainer):
         self.recorder.pairs(step, pairs)
 
     def reference_log_probs(self, step: int) -> None:
-        """Of all responses of the step, by the model without adapters."""
+        """Of all responses of the step, by the model that training began with."""
         with self.recorder.phase("log_probs"):
             self.run_stage("reference_log_probs", step)
 

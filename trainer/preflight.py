@@ -18,8 +18,9 @@ from qerl_rl.data.pairs import load_pairs
 from qerl_rl.data.prompts import Prompt, PromptSet, held_out, load_prompts
 from qerl_rl.data.source import PromptSource
 from qerl_rl.layout.architecture import MoeArchitecture, check_layout
-from qerl_rl.model.formats import check_checkpoint
+from qerl_rl.model.formats import check_checkpoint, check_rounding
 from qerl_rl.quant.checkpoint import stored_format
+from qerl_rl.quant.quantize import recipe_of
 from qerl_rl.rewards import load_rewards
 from qerl_rl.rewards.model import check_reward_model
 from qerl_rl.rollout.limits import check_expert_sizes
@@ -91,7 +92,14 @@ def preflight(loaded: LoadedConfig, resume: str = "never", *, dry_run: bool = Fa
 def _check_format(loaded: LoadedConfig) -> None:
     config = loaded.config
     found = stored_format(config.model.path)
-    if found != config.quant.format:
+    if config.lora.rank == 0:
+        if found != "none":
+            raise ConfigError(
+                f"lora.rank=0 trains every weight, but {config.model.path} holds {found}, which does not train.",
+                fix="set model.path to the checkpoint in bfloat16 or float32, or lora.rank above 0",
+                where=loaded.locate("lora.rank"),
+            )
+    elif found != config.quant.format:
         raise ConfigError(
             f"quant.format={config.quant.format}, but {config.model.path} holds {found}.",
             fix=f"set quant.format to {found}, or quantize the model",
@@ -132,6 +140,8 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture, ha
         check_layout(architecture, config.train)
         if has_weights:
             check_checkpoint(config.model.path, architecture, config.train)
+        if config.lora.rank == 0 and config.has_rollout_engine:
+            check_rounding(architecture, recipe_of(config.quant), config.train)
         if config.has_rollout_engine:
             check_expert_sizes(config.model.path, rollout)
     except ConfigError as error:

@@ -97,6 +97,17 @@ class RunRecorder:
         if self._step == self._first_step:
             self.display.note(f"rank 0: {reports[0].line()}")
         self._count_survival([report.survival for report in reports if report.survival is not None])
+        self._count_transfer(reports)
+
+    def _count_transfer(self, reports: list[SwapReport]) -> None:
+        """Bytes that went between ranks, and what the canary found where it is asked in every step."""
+        traffic = [report.traffic for report in reports if report.traffic is not None]
+        if traffic:
+            self._swapped["swap/sent_bytes"] = float(sum(part.sent_bytes for part in traffic))
+        found = [report.canary for report in reports if report.canary is not None]
+        # One of the first swap of a process would be in a resumed run's metrics and not in those of a straight one.
+        if found and self.config.swap.canary == "always":
+            self._swapped["swap/canary"] = max(found)
 
     def _count_survival(self, parts: list[Survival]) -> None:
         """How much of the adapters came into merged weights, over all ranks; a warning where it is little."""

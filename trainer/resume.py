@@ -17,7 +17,8 @@ DOCK = "dock"
 """The file of a checkpoint with the samples that were still in the dock; missing when there were none."""
 
 LAYOUT = ("cluster.workers", *(f"train.{name}_parallel" for name in ("tensor", "pipeline", "expert", "expert_tensor")))
-"""Keys of the training layout: weights and optimizer are regrouped."""
+"""Keys of the training layout: adapters and their optimizer are regrouped; where every weight trains (lora.rank=0) the
+layout stays."""
 
 FIXED = (
     *("run.seed", "algorithm.name", "critic.path", "rollout.carry_prompts", "rollout.ahead"),
@@ -137,7 +138,8 @@ def _is_in(key: str, group: tuple[str, ...]) -> bool:
 def _check_same_run(loaded: LoadedConfig, state: dict[str, Any], folder: Path, *, waits: bool) -> None:
     config = loaded.config
     elsewhere = "or start anew in another run.output_dir"
-    fixed = FIXED + WAITING if waits else FIXED
+    of_full_training = (*LAYOUT, "train.dtype") if config.lora.rank == 0 else ()
+    fixed = (*FIXED, *(WAITING if waits else ()), *of_full_training)
     for key, (then, now) in _changed(config, state["config"]).items():
         if _is_in(key, fixed):
             raise ConfigError(

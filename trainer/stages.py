@@ -115,13 +115,14 @@ class PolicyTrainer(Trainer):
             # The entropy of a step is that of the policy before the update; later mini-batches see a newer one.
             metrics.pop("entropy", None)
         metrics["kl/coefficient"] = self.kl_coefficient
-        self.kl_coefficient = next_kl_coefficient(
-            self.kl_coefficient,
-            metrics["kl/reference"],
-            target=algorithm.kl_target,
-            horizon=algorithm.kl_horizon,
-            samples=self.config.samples_per_step,
-        )
+        if algorithm.kl_target:
+            self.kl_coefficient = next_kl_coefficient(
+                self.kl_coefficient,
+                metrics["kl/reference"],
+                target=algorithm.kl_target,
+                horizon=algorithm.kl_horizon,
+                samples=self.config.samples_per_step,
+            )
         return metrics
 
 

@@ -10,7 +10,7 @@ from qerl_rl.config.loader import LoadedConfig
 from qerl_rl.layout.architecture import MoeArchitecture, check_layout
 from qerl_rl.layout.slots import SCORE
 from qerl_rl.model.formats import check_checkpoint
-from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.quant.checkpoint import CheckpointReader, stored_format
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -36,11 +36,23 @@ def check_value_models(loaded: LoadedConfig, policy: MoeArchitecture, tokenizer:
     config = loaded.config
     if config.algorithm.name == "ppo" and config.critic.path:
         _check_model(loaded, "critic.path", config.critic.path, policy, tokenizer)
+        _check_critic_trains(loaded)
     if config.reward_model.on_the_cards:
         key, path = "reward_model.path", config.reward_model.path
         own = _check_model(loaded, key, path, policy, tokenizer)
         _check_score(loaded, key, path, own)
         _check_length(loaded, own)
+
+
+def _check_critic_trains(loaded: LoadedConfig) -> None:
+    config = loaded.config
+    found = stored_format(config.critic.path)
+    if config.lora.rank == 0 and found != "none":
+        raise ConfigError(
+            f"critic.path={config.critic.path} holds {found}, but with lora.rank=0 all weights of the critic train.",
+            fix="set critic.path to a checkpoint in bfloat16 or float32, or lora.rank above 0",
+            where=loaded.locate("critic.path"),
+        )
 
 
 def _check_model(loaded: LoadedConfig, key: str, path: str, policy: MoeArchitecture, tokenizer: Any) -> MoeArchitecture:

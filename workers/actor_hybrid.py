@@ -93,29 +93,33 @@ class ActorHybridWorker:
             max_length=self.config.model.max_length,
             seed=self.config.run.seed,
             record_routing=self.config.router_replay.is_on,
+            quantize_to=None if self.train.has_adapters else self.config.quant.format,
+            group_size=self.config.quant.group_size,
         )
-        self.swap = Swap(self.train, self.rollout, self.config.swap, self.config.noise, self.config.run, beside)
+        self.swap = Swap(self.train, self.rollout, self.config, beside)
         self._generation: BackgroundJob[dict[str, Any]] = BackgroundJob("generation")
         self.rollout.release_kv_cache()
 
     def _load_models(self) -> tuple[TrainEngine, dict[str, ModelEngine]]:
         """The policy, and what takes turns with it; each is out of memory while the next one loads."""
+        from qerl_rl.platform import detect
+        from qerl_rl.platform.state_store import state_store
         from qerl_rl.train.engine import TrainEngine
-        from qerl_rl.train.offload import SpillFile
         from qerl_rl.train.value_engine import RewardModelEngine, ValueEngine
 
         # Beside the run's other files: the folder for temporary files may itself be memory.
         folder = self.config.run.output_dir
         Path(folder).mkdir(parents=True, exist_ok=True)
-        train = TrainEngine(self.config, SpillFile(folder))
+        device = detect(self.config.train.device)
+        train = TrainEngine(self.config, state_store(device, folder))
         beside: dict[str, ModelEngine] = {}
         if self._has_critic:
             train.offload()
-            self.critic = beside[CRITIC] = ValueEngine(self.config, SpillFile(folder))
+            self.critic = beside[CRITIC] = ValueEngine(self.config, state_store(device, folder))
         if self.config.reward_model.on_the_cards:
             for engine in (train, *beside.values()):
                 engine.offload()
-            self.reward_model = beside[REWARD_MODEL] = RewardModelEngine(self.config, SpillFile(folder))
+            self.reward_model = beside[REWARD_MODEL] = RewardModelEngine(self.config, state_store(device, folder))
         return train, beside
 
     @property
@@ -201,26 +205,27 @@ class ActorHybridWorker:
         """Old and reference log-probs of this rank's samples into the dock; returns means over their tokens.
 
         With noise.log_probs=noisy the old ones are those of the policy with the noise of `step`, which sampled. In
-        rollout_correction.bypass_mode they are the engine's, and nothing is known of the mismatch.
+        rollout_correction.bypass_mode they are the engine's, and nothing is known of the mismatch. There may be no
+        reference (`Config.has_reference`).
         """
         samples, bypass = to_samples(batch), self.config.rollout_correction.bypass_mode
         noise = self.swap.noise_of(step if self.config.noise.log_probs == "noisy" else 0)
         old = None if bypass else self.train.log_probs(samples, noise=noise)
         clean = self.train.log_probs(samples) if noise.sigma and not bypass else old
-        reference = self.train.log_probs(samples, adapters=False)
-        if reference is None:
+        reference = self.train.log_probs(samples, reference=True) if self.config.has_reference else None
+        if not self.train.is_output_rank:
             return {}
         from qerl_rl.algorithms.mismatch import noise_mismatch
         from workers.comparison import comparison
 
         rollout_rows = list(batch.columns["rollout_log_probs"].rows())
         old_rows = rollout_rows if old is None else old.log_probs
-        columns = {
-            "old_log_probs": Jagged.from_rows(old_rows),
-            "reference_log_probs": Jagged.from_rows(reference.log_probs),
-        }
+        columns = {"old_log_probs": Jagged.from_rows(old_rows)}
+        if reference is not None:
+            columns["reference_log_probs"] = Jagged.from_rows(reference.log_probs)
         dock.put(columns, batch.keys)
-        metrics = {"tokens": float(samples.response_tokens), **(old or reference).router_replay}
+        passed = old or reference
+        metrics = {"tokens": float(samples.response_tokens), **(passed.router_replay if passed else {})}
         if self.config.noise.enabled:
             metrics["noise/sigma"] = self.swap.noise_of(step).sigma
         if old is not None and clean is not None:
@@ -252,8 +257,8 @@ class ActorHybridWorker:
         ]
 
     def reference_log_probs(self, dock: TransferDock, batch: Batch) -> None:
-        """Log-probs of this rank's responses by the model without adapters, into the dock."""
-        reference = self.train.log_probs(to_samples(batch), adapters=False)
+        """Log-probs of this rank's responses by the model that training began with, into the dock."""
+        reference = self.train.log_probs(to_samples(batch), reference=True)
         if reference is not None:
             dock.put({"reference_log_probs": Jagged.from_rows(reference.log_probs)}, batch.keys)
 
@@ -266,7 +271,9 @@ class ActorHybridWorker:
 
         algorithm = dataclasses.replace(self.config.algorithm, kl_coefficient=kl_coefficient)
         loss_function = grpo_loss(algorithm, self.config.rollout_correction)
-        columns = ["old_log_probs", "reference_log_probs", "advantages"]
+        columns = ["old_log_probs", "advantages"]
+        if self.config.has_reference:
+            columns.append("reference_log_probs")
         if self.config.rollout_correction.compares:
             columns.append("rollout_log_probs")
         return self._updates(batches, step, columns, loss_function, self.config.algorithm.loss_aggregation)

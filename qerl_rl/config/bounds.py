@@ -4,11 +4,14 @@ from __future__ import annotations
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
+    "model.share_base": ("auto", "never"),
     "train.device": ("auto", "cpu", "cuda", "npu"),
     "train.dtype": ("float32", "bfloat16"),
     "train.token_dispatcher": ("alltoall", "allgather"),
     "train.recompute": ("none", "full", "selective"),
     "rollout.dtype": ("float32", "bfloat16"),
+    "swap.checksum": ("never", "first", "always"),
+    "swap.canary": ("never", "first", "always"),
     "quant.format": ("w8a8", "w4a16", "w4a8", "nvfp4", "mxfp4", "mxfp8", "none"),
     "lora.in_rollout": ("auto", "adapter", "merge"),
     "lora.merge_rounding": ("stochastic", "nearest"),
@@ -31,13 +34,14 @@ AT_LEAST = {
     rollout.tensor_parallel rollout.data_parallel rollout.max_sequences rollout.max_batched_tokens
     rollout.kv_cache_bytes rollout.carry_max_age
     eval.samples reward.length_characters
-    rollout.max_prompt_tokens rollout.max_response_tokens lora.rank algorithm.prompts_per_step
+    rollout.max_prompt_tokens rollout.max_response_tokens algorithm.prompts_per_step
     algorithm.prompts_per_mini_batch algorithm.epochs_per_step reward.workers dock.capacity_bytes checkpoint.keep
     eval.prompts track.samples_per_step algorithm.samples_per_prompt""",
     2: "noise.stages",
+    1024: "swap.bucket_bytes",
     0: """dpo.flip_probability critic.learning_rate critic.warmup_steps critic.head_start_steps reward_model.max_length
     reward.memory_bytes data.max_prompt_tokens
-    cluster.cpus_per_worker train.learning_rate train.warmup_steps train.weight_decay train.max_grad_norm
+    lora.rank cluster.cpus_per_worker train.learning_rate train.warmup_steps train.weight_decay train.max_grad_norm
     rollout.top_k noise.sigma_start noise.sigma_end algorithm.clip_low algorithm.clip_high algorithm.kl_coefficient
     algorithm.entropy_coefficient algorithm.loss_constant_tokens algorithm.kl_target algorithm.overlong_buffer_tokens
     algorithm.overlong_penalty rollout.carry_prompts algorithm.discount data.limit checkpoint.every eval.every
@@ -45,5 +49,5 @@ AT_LEAST = {
 }
 
 POSITIVE = """eval.temperature critic.value_clip dpo.beta
-lora.alpha rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
+lora.alpha swap.canary_tolerance rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
 fault.rollout_timeout_s fault.train_timeout_s train.adam_eps"""

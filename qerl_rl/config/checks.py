@@ -130,6 +130,14 @@ def _check_noise(config: Config) -> Fault:
     return key, f"{key}=noisy, but {why}.", f"set {key} to clean"
 
 
+def _check_swap(config: Config) -> Fault:
+    """What leaves memory at a swap, where there is none."""
+    key = "swap.release_weights"
+    if config.swap.release_weights and config.rollout.ahead:
+        return key, f"{key}=true, but rollout.ahead=true keeps both engines at work.", f"set {key} to false"
+    return None
+
+
 def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -244,7 +252,24 @@ def _check_dpo(config: Config) -> Fault:
     return None
 
 
+def _check_full_training(config: Config) -> Fault:
+    """What lora.rank=0 leaves without a purpose, and what only it gives one."""
+    quant, lora, size = config.quant, config.lora, "quant.group_size"
+    if quant.group_size and (lora.rank or quant.format == "none"):
+        reason = "quant.format=none has no scales" if lora.rank == 0 else "the checkpoint says which groups it has"
+        return size, f"{size}={quant.group_size}, but {reason}.", f"set {size} to 0"
+    if lora.rank:
+        return None
+    for key, default in (("lora.in_rollout", "auto"), ("lora.merge_rounding", "stochastic")):
+        if _get(config, key) != default:
+            problem = f"{key}={_get(config, key)}, but lora.rank=0 has no adapters: trained weights are rounded to"
+            return key, f"{problem} nearest.", f"set {key} to {default}, or lora.rank above 0"
+    return None
+
+
 def _check_adapters(config: Config) -> Fault:
+    if config.lora.rank == 0:
+        return None
     if not (config.lora.attention or config.lora.experts):
         problem = "lora.attention and lora.experts are both false: nothing would train."
         return "lora.attention", problem, "set one of them to true"
@@ -315,11 +340,13 @@ CHECKS = (
     _check_rollouts,
     _check_correction,
     _check_noise,
+    _check_swap,
     _check_batches,
     _check_algorithm,
     _check_critic,
     _check_turns,
     _check_dpo,
+    _check_full_training,
     _check_adapters,
     _check_lengths,
     _check_paths,

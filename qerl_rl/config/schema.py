@@ -52,6 +52,8 @@ class ModelConfig:
     """Folder with the HF config, the tokenizer and the (quantized) safetensors."""
     max_length: int = 512
     """Tokens of prompt and response together."""
+    share_base: str = "auto"
+    """auto (a process stores frozen weights once where both engines can read one layout of them) or never."""
 
 
 @dataclass(frozen=True)
@@ -118,20 +120,37 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class SwapConfig:
-    """What leaves memory when the other engine has the card."""
+    """What leaves memory when the other engine has the card, how weights move, and how what arrived is checked.
+
+    A check that runs `first` runs at the first swap of each process: at a run's start, and after each resume.
+    """
 
     offload_parameters: bool = True
     offload_gradients: bool = True
     offload_optimizer: bool = True
     release_kv_cache: bool = True
+    release_weights: bool = False
+    """The engine's weights leave memory as well while the trainer has the card, and are read back for the rollout."""
+    bucket_bytes: int = 67108864
+    """Most bytes that one rank sends and receives in one collective; a swap takes twice as much memory for staging."""
+    checksum: str = "first"
+    """Compare a sum of what the trainer sent with one of what each engine got: never, first or always."""
+    canary: str = "first"
+    """Let both engines score the same tokens after a swap and compare their log-probs: never, first or always."""
+    canary_tolerance: float = 0.5
+    """Mean |difference| of those log-probs, in nats a token, from which on the swap counts as broken."""
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How the base weights are stored; the checkpoint must agree."""
+    """How the base weights are stored; the checkpoint must agree. With lora.rank=0 the checkpoint is not quantized, and
+    this is what the rollout engine rounds the trained weights to."""
 
     format: str = "w8a8"
     """w8a8, w4a16, w4a8, nvfp4, mxfp4, mxfp8 or none; docs/quantization.md says what each stores, and what runs it."""
+    group_size: int = 0
+    """With lora.rank=0: weights of a row that share a scale, where the format has a choice; 0 takes its own, -1 is the
+    whole row."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +176,7 @@ class LoraConfig:
     """The adapters: the only weights that train over a quantized base."""
 
     rank: int = 16
+    """0 has none: every weight trains (docs/full_training.md), and the other keys of this section have no effect."""
     alpha: float = 32.0
     attention: bool = True
     experts: bool = True
@@ -310,6 +330,12 @@ class Config:
     def has_rollout_engine(self) -> bool:
         """Whether the workers load the rollout engine; dpo needs it for evaluations only."""
         return self.algorithm.name != "dpo" or self.eval.every > 0
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the trainer takes log-probs of the first policy. With adapters it costs no memory and tells how far
+        the policy went; a model that trains whole keeps its first weights only where something learns from them."""
+        return self.lora.rank > 0 or self.algorithm.kl_coefficient > 0 or self.algorithm.name == "dpo"
 
     @property
     def train_data_parallel(self) -> int:

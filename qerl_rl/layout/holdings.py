@@ -7,7 +7,8 @@ part of its quantized form. Engines fuse and split them each in its own way; bot
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -76,15 +77,15 @@ class Holding:
 
     def narrowed(self, box: Box) -> Holding:
         """The same for a box within this one's."""
-        bounds = iter(zip(self.box.start, box.start, box.stop, strict=True))
-
-        def inner(index: int | slice) -> int | slice:
-            if isinstance(index, int):
-                return index
-            own, start, stop = next(bounds)
-            return slice(index.start + start - own, index.start + stop - own)
-
-        return replace(self, box=box, index=tuple(map(inner, self.index)))
+        index: list[int | slice] = []
+        dim = 0
+        for each in self.index:
+            if isinstance(each, slice):
+                first = each.start - self.box.start[dim]
+                each = slice(first + box.start[dim], first + box.stop[dim])
+                dim += 1
+            index.append(each)
+        return Holding(self.tensor, box, self.local, self.view, tuple(index))
 
 
 class Layout(Protocol):
@@ -94,8 +95,14 @@ class Layout(Protocol):
     def world_size(self) -> int:
         """Ranks; what several hold is the same."""
 
+    def pattern(self, tensor: str) -> Hashable:
+        """Equal for full tensors of one shape that are spread alike: the same boxes on the same ranks."""
+
+    def holdings_of(self, tensor: str, rank: int) -> list[Holding]:
+        """What a rank holds of one full tensor; no element twice."""
+
     def holdings(self, rank: int) -> list[Holding]:
-        """All that a rank holds, in the order of the model's layers; no element of a full tensor twice."""
+        """All that a rank holds, in the order of the model's layers."""
 
     def local_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the rank's tensors, by name."""

@@ -47,6 +47,8 @@ class Slot:
     exported: bool = True
     optional: bool = False
     """A checkpoint may lack it; the tensor then keeps its first value."""
+    dtype: torch.dtype | None = None
+    """Where it is not the type of the other weights."""
 
     def part(self, part: Part) -> Slot:
         """The slot of one part of this weight's format; its pieces keep the names of the weights.

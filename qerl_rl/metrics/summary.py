@@ -82,6 +82,7 @@ def summary_table(
         ("KL engine to trainer", "rollout_vs_train/k3_kl", 4),
         ("critic explains", "critic/explained_variance", 3),
         ("updates that merging kept", "swap/update_survival", 3),
+        ("canary of the swap", "swap/canary", 3),
     ):
         change = _first_and_last(history, name, digits)
         if change:

@@ -10,11 +10,16 @@ from qerl_rl.config.schema import TrainConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
 from qerl_rl.layout.slots import Slot, weight_slots
+from qerl_rl.layout.tensors import Architecture, model_slots
 from qerl_rl.quant.checkpoint import CheckpointReader
-from qerl_rl.quant.formats import Format
+from qerl_rl.quant.formats import Format, Part
+from qerl_rl.quant.quantize import Recipe
 
 SlotFormats = Mapping[tuple[int, str], Format]
 """(layer, name of the slot) -> the format of the weight; floats have no entry."""
+
+SMALLER_GROUPS = "set quant.group_size smaller, or quant.format to one of smaller groups, or to w8a8"
+"""What helps where weights that train can't be rounded in groups."""
 
 
 def stored_formats(reader: CheckpointReader, architecture: MoeArchitecture) -> SlotFormats:
@@ -27,6 +32,32 @@ def stored_formats(reader: CheckpointReader, architecture: MoeArchitecture) -> S
         if slot.quantizable and (format := _format_of(slot, reader)):
             found[slot.layer, slot.name] = format
     return found
+
+
+def rounded_formats(architecture: Architecture, recipe: Recipe | None) -> SlotFormats:
+    """The formats that a checkpoint of floats gets by `recipe` (None: it stays floats).
+
+    Raises: ConfigError when the rows of a weight can't be cut into groups of its format.
+    """
+    found = {}
+    for slot in model_slots(architecture, ParallelSizes()) if recipe else ():
+        format = recipe.format_of(slot.pieces[0].name) if recipe and slot.quantizable else None
+        if format is None:
+            continue
+        for part in format.parts:
+            _check_part(slot, format, part)
+        found[slot.layer, slot.name] = format
+    return found
+
+
+def _check_part(slot: Slot, format: Format, part: Part) -> None:
+    try:
+        part.shape(slot.block.shape)
+    except ValueError as error:
+        raise ConfigError(
+            f"{slot.pieces[0].name} can't be rounded to {described(format)}: {error}.",
+            fix=SMALLER_GROUPS,
+        ) from None
 
 
 def _format_of(slot: Slot, reader: CheckpointReader) -> Format | None:
@@ -60,8 +91,16 @@ def described(format: Format | None) -> str:
     return f"{format.name} in groups of {format.group_size}" if format.group_size else format.name
 
 
-def check_format_layout(architecture: MoeArchitecture, formats: SlotFormats, sizes: ParallelSizes) -> None:
-    """Raise ConfigError when a rank would get part of a group of weights that share a scale, or part of a byte."""
+def check_format_layout(
+    architecture: MoeArchitecture,
+    formats: SlotFormats,
+    sizes: ParallelSizes,
+    fix: str = "quantize the model in smaller groups",
+) -> None:
+    """Raise ConfigError when a rank would get part of a group of weights that share a scale, or part of a byte.
+
+    Args: fix: what helps beside another layout.
+    """
     for slot in weight_slots(architecture, sizes):
         block, format = slot.block, formats.get((slot.layer, slot.name))
         if format is None or block.split_dim != len(block.shape) - 1:
@@ -76,14 +115,22 @@ def check_format_layout(architecture: MoeArchitecture, formats: SlotFormats, siz
             raise ConfigError(
                 f"train.{key}={ways} cuts the {width} columns of {slot.pieces[0].name} into {width // ways}, "
                 f"but {described(format)} stores {together} together.",
-                fix=f"{ways_out}quantize the model in smaller groups",
+                fix=f"{ways_out}{fix}",
             )
+
+
+def check_rounding(architecture: MoeArchitecture, recipe: Recipe | None, train: TrainConfig) -> None:
+    """Raise ConfigError when weights that train in the layout of `train` can't be rounded by `recipe` in shards."""
+    check_format_layout(architecture, rounded_formats(architecture, recipe), _sizes(train), SMALLER_GROUPS)
 
 
 def check_checkpoint(path: str | Path, architecture: MoeArchitecture, train: TrainConfig) -> None:
     """Raise ConfigError when a checkpoint's formats can't be read, or can't be cut as the layout of `train` would."""
-    sizes = ParallelSizes(
+    with CheckpointReader(path) as reader:
+        check_format_layout(architecture, stored_formats(reader, architecture), _sizes(train))
+
+
+def _sizes(train: TrainConfig) -> ParallelSizes:
+    return ParallelSizes(
         train.tensor_parallel, train.pipeline_parallel, train.expert_parallel, train.expert_tensor_parallel
     )
-    with CheckpointReader(path) as reader:
-        check_format_layout(architecture, stored_formats(reader, architecture), sizes)

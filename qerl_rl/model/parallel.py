@@ -10,13 +10,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import TrainConfig
 from qerl_rl.layout.blocks import Coordinates, ParallelSizes
-
-
-def parallel_sizes(train: TrainConfig) -> ParallelSizes:
-    """The layout of a launch file."""
-    return ParallelSizes(
-        train.tensor_parallel, train.pipeline_parallel, train.expert_parallel, train.expert_tensor_parallel
-    )
+from qerl_rl.layout.train import check_world, parallel_sizes
 
 
 def initialize_parallel(train: TrainConfig, seed: int = 1) -> None:
@@ -33,18 +27,7 @@ def initialize_parallel(train: TrainConfig, seed: int = 1) -> None:
         if current_sizes() != sizes:
             raise RuntimeError(f"this process has groups for {current_sizes()}, a model wants {sizes}")
         return
-    for product, keys in (
-        (sizes.tensor * sizes.pipeline, "tensor_parallel x train.pipeline_parallel"),
-        (
-            sizes.expert * sizes.expert_tensor * sizes.pipeline,
-            "expert_parallel x train.expert_tensor_parallel x train.pipeline_parallel",
-        ),
-    ):
-        if world % product:
-            raise ConfigError(
-                f"train.{keys} = {product} does not divide the {world} workers.",
-                fix=f"choose sizes whose product divides {world}",
-            )
+    check_world(sizes, world)
     if sizes.expert_tensor not in (1, sizes.tensor):
         raise ConfigError(
             f"train.expert_tensor_parallel={sizes.expert_tensor} is neither 1 nor tensor_parallel={sizes.tensor}.",

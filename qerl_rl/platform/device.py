@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import resource
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, Protocol
 
 import psutil
 import torch
 
 from qerl_rl.config.errors import ConfigError
+
+_POLL_SECONDS = 50e-6
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,60 @@ class MemoryStatistics:
 
     used_bytes: int
     peak_bytes: int
+
+
+class Pending(Protocol):
+    """Something under way (a Future is one)."""
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+
+    def result(self) -> Any:
+        """Wait until it has ended. Raises: what went wrong."""
+
+
+class CopyStream:
+    """Copies beside what the device computes, one after the other; `runtime` is torch's module of the device.
+
+    A CPU (runtime None) has nothing that copies beside it: there a copy is done at once.
+    """
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+        self._stream: Any = None if runtime is None else runtime.Stream()
+
+    def copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Pending:
+        """Begin to copy each (target, source), after all that the device was given so far. Both must live till then."""
+        if self._runtime is None:
+            for target, source in pairs:
+                target.copy_(source)
+            return _Done()
+        self._stream.wait_stream(self._runtime.current_stream())
+        with self._runtime.stream(self._stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            event = self._runtime.Event()
+            event.record(self._stream)
+        return _UntilEvent(event)
+
+
+class _Done:
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _UntilEvent:
+    event: Any
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+    def result(self) -> None:
+        self.event.synchronize()
 
 
 @dataclass(frozen=True)
@@ -49,6 +108,35 @@ class Device:
         """Wait until the device has done all that it was given."""
         if self.name != "cpu":
             self._runtime().synchronize()
+
+    def copy_stream(self) -> CopyStream:
+        """A new stream for copies."""
+        return CopyStream(None if self.name == "cpu" else self._runtime())
+
+    def pinned(self, count: int) -> torch.Tensor:
+        """uint8 [count] of host memory that the device can copy to and from by itself."""
+        return torch.empty(count, dtype=torch.uint8, device="cpu", pin_memory=self.name != "cpu")
+
+    @property
+    def shares_host_memory(self) -> bool:
+        """Whether its tensors lie in memory of the host, which the processes of a machine can share."""
+        return self.name == "cpu"
+
+    def wait(self, work: torch.distributed.Work, timeout_s: float) -> None:
+        """Wait for a collective that was started with async_op.
+
+        Raises: TimeoutError, or the RuntimeError of the backend, when it fails or takes longer than `timeout_s`.
+        """
+        if self.name == "cpu":
+            work.wait(timedelta(seconds=timeout_s))
+            return
+        # There `wait` only queues: the stream waits, not the process, and nobody would see the deadline pass.
+        deadline = time.monotonic() + timeout_s
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nothing in {timeout_s} s")
+            time.sleep(_POLL_SECONDS)
+        work.wait()
 
     def memory(self) -> MemoryStatistics:
         """Memory of this process on the device; on a CPU its resident set, which other libraries share."""

@@ -68,9 +68,17 @@ class Format(ABC):
         """
         return self.encode(weight, self.scales(weight, largest))
 
-    @abstractmethod
     def scales(self, weight: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The parts that `quantize` scales by: all but the first, by suffix."""
+        return self.scales_of_groups(largest_of_groups(weight, self.group_size), largest)
+
+    @abstractmethod
+    def scales_of_groups(self, of_groups: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """`scales` of weights whose groups have these largest magnitudes (`largest_of_groups`).
+
+        Who holds a part of each row, or of each matrix, gives the maxima over all parts, and gets the scales of the
+        whole. Args: of_groups float32 [..., N, K / group_size] (or [..., N, 1]). largest: as in `quantize`.
+        """
 
     def encode(self, weight: torch.Tensor, scales: Parts) -> dict[str, torch.Tensor]:
         """Round to the nearest multiples that these scales allow (beyond the grid's ends: to its ends); all parts."""

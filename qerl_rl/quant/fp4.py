@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from qerl_rl.quant.base import Format, Part, Parts, largest_of_groups, library_scales
+from qerl_rl.quant.base import Format, Part, Parts, library_scales
 from qerl_rl.quant.microscaling import exponents_of, powers_of_two
 from qerl_rl.quant.nibbles import look_up, pack_nibbles, table_of_pairs
 
@@ -52,8 +52,7 @@ class Nvfp4(_Fp4):
         Part("_global_scale", torch.float32, 0, per_matrix=True),
     )
 
-    def scales(self, weight: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        of_groups = largest_of_groups(weight, self.group_size)
+    def scales_of_groups(self, of_groups: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         whole = of_groups.amax((-2, -1)) if largest is None else largest.float()
         # compressed-tensors' generate_gparam, for many matrices at once: the largest group gets the largest scale.
         whole = whole.clamp(min=torch.finfo(torch.float32).tiny)
@@ -72,8 +71,8 @@ class Mxfp4(_Fp4):
     name, preset, group_size = "mxfp4", "MXFP4A16", 32
     parts = (Part("_packed", torch.uint8, 2), Part("_scale", torch.uint8, 32))
 
-    def scales(self, weight: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        return {"_scale": exponents_of(largest_of_groups(weight, self.group_size), LARGEST_E2M1)}
+    def scales_of_groups(self, of_groups: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return {"_scale": exponents_of(of_groups, LARGEST_E2M1)}
 
     def steps(self, parts: Parts) -> torch.Tensor:
         return powers_of_two(parts["_scale"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from qerl_rl.quant.base import Format, Part, Parts, largest_of_groups, library_scales
+from qerl_rl.quant.base import Format, Part, Parts, library_scales
 from qerl_rl.quant.nibbles import look_up, pack_nibbles, table_of_pairs
 
 _TABLES = {
@@ -29,11 +29,10 @@ class _Int4(Format):
     def with_scales(self, dtype: torch.dtype) -> Format:
         return self if dtype == self._scale_dtype else type(self)(self.group_size, dtype)
 
-    def scales(self, weight: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def scales_of_groups(self, of_groups: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         arguments = self.scheme().weights
         arguments.scale_dtype = self._scale_dtype
-        of_groups = library_scales(largest_of_groups(weight, self.group_size), arguments)
-        return {"_scale": of_groups.to(self._scale_dtype)}
+        return {"_scale": library_scales(of_groups, arguments).to(self._scale_dtype)}
 
     def steps(self, parts: Parts) -> torch.Tensor:
         return parts["_scale"].float()
@@ -88,6 +87,9 @@ class W4A16Asymmetric(W4A16):
         arguments.scale_dtype = self._scale_dtype
         scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
         return {"_scale": scale.to(self._scale_dtype), "_zero_point": zero_point}
+
+    def scales_of_groups(self, of_groups: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        raise TypeError(f"{self.preset} has zero points: they take both ends of each group, not the larger of them")
 
     def encode(self, weight: torch.Tensor, scales: Parts) -> dict[str, torch.Tensor]:
         steps = self.steps(scales)[..., None]

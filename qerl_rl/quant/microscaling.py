@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from qerl_rl.quant.base import Format, Part, Parts, largest_of_groups
+from qerl_rl.quant.base import Format, Part, Parts
 
 
 def exponents_of(largest: torch.Tensor, largest_value: float) -> torch.Tensor:
@@ -37,8 +37,8 @@ class Mxfp8(Format):
     grid = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0.0).unique()
     largest_value = 448.0
 
-    def scales(self, weight: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        return {"_scale": exponents_of(largest_of_groups(weight, self.group_size), self.largest_value)}
+    def scales_of_groups(self, of_groups: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return {"_scale": exponents_of(of_groups, self.largest_value)}
 
     def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
         # Adding 0 takes the sign from a 0, as the library's adding of its zero point does.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.schema import QuantConfig
 from qerl_rl.quant.base import quantization_config
 from qerl_rl.quant.checkpoint import SHARD_BYTES, CheckpointReader, ShardWriter, read_config
 from qerl_rl.quant.formats import Format, get_format
@@ -21,11 +22,11 @@ from qerl_rl.quant.int4_checkpoints import INT4_METHODS, Int4Conversion
 from qerl_rl.quant.modelslim import Description, ModelSlimFormats
 
 # Attention, dense MLPs, shared and routed experts (Mixtral calls those w1, w2, w3).
-_QUANTIZED = re.compile(r"\.layers\.(\d+)\..*(_proj|\.experts\.\d+\.w[123])\.weight$")
+_QUANTIZED = re.compile(r"\.layers\.(\d+)\..*(_proj(_with_mqa)?|\.experts\.\d+\.w[123])\.weight$")
 _ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
 _FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)(\.weight)?$")
 _NEVER = ["lm_head", r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$", r"re:.*shared_expert_gate$"]
-_EXPERTS_TARGET, _OTHERS_TARGET = r"re:.*\.experts\.\d+\..*", r"re:^(?!.*\.experts\.\d+\.).*_proj$"
+_EXPERTS_TARGET, _OTHERS_TARGET = r"re:.*\.experts\.\d+\..*", r"re:^(?!.*\.experts\.\d+\.).*_proj(_with_mqa)?$"
 _FUSED_IN_ENGINES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
@@ -85,6 +86,14 @@ class Recipe:
             "group_1": others.config_group([_OTHERS_TARGET]),
         }
         return quantization_config(groups, ignore)
+
+
+def recipe_of(quant: QuantConfig) -> Recipe | None:
+    """How weights are rounded that were trained as floats; None where the engine computes with floats.
+
+    Raises: ConfigError for a format that has no groups of quant.group_size.
+    """
+    return None if quant.format == "none" else Recipe(quant.format, group_size=quant.group_size)
 
 
 @dataclass
@@ -187,19 +196,25 @@ class Rounding:
         tensor, format = self._reader.get(name), self._recipe.format_of(name)
         if format is None:
             return None, {"": tensor}
+        parts = self.parts(name, tensor)
+        exact = tensor.float()
+        self._whole += exact.square().sum().item()
+        self._lost += format.dequantize(parts).sub_(exact).square_().sum().item()
+        return format, format.stored(parts)
+
+    def parts(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parts, as in memory, of the weight `name` that the recipe has a format for. Args: tensor: what it is."""
+        format = self._recipe.format_of(name)
+        assert format is not None
         largest = self._largest_of_fused(name) if any(part.per_matrix for part in format.parts) else None
         try:
-            parts = format.quantize(tensor, largest)
+            return format.quantize(tensor, largest)
         except ValueError as error:
             raise ConfigError(
                 f"{name} can't be stored as {format.name}: {error}.",
                 fix="choose another group size (--group-size) or format, or keep the layer (--keep-layers)",
                 where=str(self._reader.path),
             ) from None
-        exact = tensor.float()
-        self._whole += exact.square().sum().item()
-        self._lost += format.dequantize(parts).sub_(exact).square_().sum().item()
-        return format, format.stored(parts)
 
     def _largest_of_fused(self, name: str) -> torch.Tensor:
         """The largest |weight| of the matrices that engines fuse with this one, itself among them."""

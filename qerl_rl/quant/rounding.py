@@ -25,16 +25,21 @@ class Rounding:
     seed: int = 0
     step: int = 0
 
-    def rows(self, name: str, first_row: int, rows: int, columns: int) -> torch.Tensor | None:
-        """Thresholds in (0, 1) of rows of the full weight `name` [N, columns]: float32 [rows, columns]; None: nearest.
+    def rows(
+        self, name: str, first_row: int, rows: int, columns: int, first_column: int = 0, width: int | None = None
+    ) -> torch.Tensor | None:
+        """Thresholds in (0, 1) of a part of the full weight `name` [N, width]: float32 [rows, columns]; None: nearest.
 
-        A share p of them is below p, up to 2**-24.
+        A share p of them is below p, up to 2**-24. width: None means that the part has whole rows.
         """
         if not self.stochastic:
             return None
-        bits = _hash(_key(self.seed, self.step, name), first_row * columns, rows * columns)
+        width = columns if width is None else width
+        # Counters of 2**32 elements and more begin anew, as their lower 32 bits do.
+        starts = (torch.arange(first_row, first_row + rows) * width + first_column).to(torch.int32)
+        bits = _hash(_key(self.seed, self.step, name), starts[:, None] + torch.arange(columns, dtype=torch.int32))
         # 23 bits and a half: each is exact in float32, and neither 0 nor 1 is among them.
-        return (bits.bitwise_and_(0x7FFFFF).to(torch.float32).add_(0.5)).mul_(2.0**-23).view(rows, columns)
+        return bits.bitwise_and_(0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
 
 def _key(seed: int, step: int, name: str) -> tuple[int, int]:
@@ -43,15 +48,12 @@ def _key(seed: int, step: int, name: str) -> tuple[int, int]:
     return first, second
 
 
-def _hash(key: tuple[int, int], first: int, count: int) -> torch.Tensor:
-    """32 bits for each counter from `first` on: int32 [count].
+def _hash(key: tuple[int, int], numbers: torch.Tensor) -> torch.Tensor:
+    """32 bits for each of these counters, int32 of any shape, which are overwritten.
 
     Xor-shifts and multiplications by the constants of Wellons' lowbias32 (found by a search for what mixes best), with
     one half of the key before and one in the middle; int32 arithmetic wraps as that of unsigned numbers does.
     """
-    # Counters of 2**32 elements and more begin anew, as their lower 32 bits do.
-    start = (first + (1 << 31)) % (1 << 32) - (1 << 31)
-    numbers = torch.arange(count, dtype=torch.int32).add_(start)
     spare = torch.empty_like(numbers)
     for half in key:
         numbers.add_(half)

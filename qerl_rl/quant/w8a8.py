@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from qerl_rl.quant.base import Format, Part, Parts, largest_of_groups, library_scales
+from qerl_rl.quant.base import Format, Part, Parts, library_scales
 
 
 class W8A8(Format):
@@ -17,8 +17,8 @@ class W8A8(Format):
     parts = (Part("", torch.int8, 1), Part("_scale", torch.float32, 0))
     grid = torch.arange(-128.0, 128.0)
 
-    def scales(self, weight: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        return {"_scale": library_scales(largest_of_groups(weight, 0), self.scheme().weights)}
+    def scales_of_groups(self, of_groups: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return {"_scale": library_scales(of_groups, self.scheme().weights)}
 
     def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
         return scaled.clamp_(-128, 127).round_()

@@ -1,17 +1,23 @@
 """The phase change on one rank: the card goes from the trainer to the rollout engine and back.
 
-The quantized base never moves: both engines hold it since their start, each in its own layout. What moves is the
-adapter, from the training shards into the slices of the engine's layout. A critic and a reward model take turns with
-the policy while the trainer has the card: one of them at a time is in memory, none during rollout.
+Where adapters train, the quantized base never moves: both engines hold it since their start, each in its own layout,
+and adapters go from the training shards into the slices of the engine's layout. Where everything trains, all weights
+do, in the format that the engine holds. A critic and a reward model take turns with the policy while the trainer has
+the card: one of them at a time is in memory, none during rollout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 
-from qerl_rl.config.schema import NoiseConfig, RunConfig, SwapConfig
+from qerl_rl.config.schema import Config
+from qerl_rl.platform import detect
+from qerl_rl.platform.state_store import StateStore, state_store
 from qerl_rl.quant.noise import Noise, sigma_at
+from qerl_rl.reshard.canary import Canary
 from qerl_rl.reshard.ledger import POLICY, SwapReport
+from qerl_rl.reshard.policy import PolicyTransfer
 from qerl_rl.rollout.engine import RolloutEngine
 from qerl_rl.train.engine import TrainEngine
 from qerl_rl.train.model_engine import ModelEngine
@@ -27,63 +33,78 @@ class Swap:
         self,
         train: TrainEngine,
         rollout: RolloutEngine,
-        swap: SwapConfig,
-        noise: NoiseConfig,
-        run: RunConfig,
+        config: Config,
         beside: Mapping[str, ModelEngine] | None = None,
     ) -> None:
-        self._train, self._rollout = train, rollout
+        self._train, self._rollout, self._config = train, rollout, config
         self._models: dict[str, ModelEngine] = {POLICY: train, **(beside or {})}
-        self._config, self._noise, self._run = swap, noise, run
+        self._policy = PolicyTransfer(train, rollout, config)
+        self._canary = Canary(
+            train,
+            rollout,
+            max_length=config.model.max_length,
+            seed=config.run.seed,
+            tolerance=config.swap.canary_tolerance,
+        )
+        self._served = 0
 
     def to_rollout(self, step: int) -> SwapReport:
-        """Serve the policy as it is now, with the noise of `step` (counted from 1); train state leaves memory."""
+        """Serve the policy as it is now, with the noise of `step` (counted from 1); train state leaves memory.
+
+        Raises: TransferError, ChecksumError, CanaryError.
+        """
         report = SwapReport("rollout")
         if self._train.is_away:
             # The last phase was another model's.
             with report.stage("onload"):
                 self.give(POLICY)
-        with report.stage("gather"):
-            adapters = self._train.gather_adapters()
+        self._ask_canary(report)
         with report.stage("offload"):
-            report.released_bytes = self._offload(self._models)
-        with report.stage("transfer"):
-            report.moved_bytes = self._rollout.set_adapters(adapters, step)
-        report.survival = self._rollout.survival
-        with report.stage("noise"):
-            self.set_noise(step)
+            # Room for the engine's weights; what trains stays until it has been sent.
+            report.release(self._offload(name for name in self._models if name != POLICY))
+            report.release(_prefixed(POLICY, self._train.begin_offload()))
+        if self._config.swap.release_weights and self._train.has_adapters:
+            with report.stage("weights"):
+                self._rollout.restore_weights()
+        self._serve(report, step)
+        with report.stage("offload"):
+            report.release(_prefixed(POLICY, self._train.offload()))
         with report.stage("kv_cache"):
             self._rollout.restore_kv_cache()
+        self._compare_canary(report, step)
+        with report.stage("noise"):
+            self.set_noise(step)
         report.held_bytes = self.held_bytes()
         return report
 
     def publish(self, step: int) -> SwapReport:
         """Serve the policy as it is now to sample for `step`, while the train state stays: both engines are in memory.
 
-        The section swap of the configuration has no effect then.
+        Of the section swap of the configuration only the checks have an effect then.
         """
         report = SwapReport("rollout")
-        with report.stage("gather"):
-            adapters = self._train.gather_adapters()
-        with report.stage("transfer"):
-            report.moved_bytes = self._rollout.set_adapters(adapters, step)
-        report.survival = self._rollout.survival
+        self._ask_canary(report)
+        self._serve(report, step)
         with report.stage("kv_cache"):
             self._rollout.restore_kv_cache()
+        self._compare_canary(report, step)
         report.held_bytes = self.held_bytes()
         return report
 
     def to_train(self, model: str = POLICY) -> SwapReport:
-        """Give the card to the trainer of `model`: the KV cache and the other models leave memory, its state returns.
+        """Give the card to the trainer of `model`: what the engine holds and the other models leave, its state returns.
 
         Raises: KeyError when there is no such model.
         """
         report = SwapReport(model)
-        if self._config.release_kv_cache:
+        if self._config.swap.release_kv_cache:
             with report.stage("kv_cache"):
-                report.released_bytes = {"rollout/kv_cache": self._rollout.release_kv_cache()}
+                report.release({"rollout/kv_cache": self._rollout.release_kv_cache()})
+        if self._config.swap.release_weights:
+            with report.stage("weights"):
+                report.release({"rollout/weights": self._rollout.release_weights(self._engine_store)})
         with report.stage("onload"):
-            report.released_bytes |= self.give(model)
+            report.release(self.give(model))
         report.held_bytes = self.held_bytes()
         return report
 
@@ -92,6 +113,40 @@ class Swap:
         released = self._offload(name for name in self._models if name != model)
         self._models[model].onload()
         return released
+
+    # ---- the policy on its way
+
+    def _serve(self, report: SwapReport, step: int) -> None:
+        """Bring the policy into the engine."""
+        with report.stage("transfer"):
+            moved = self._policy.move(step, check=self._is_due(self._config.swap.checksum))
+        report.moved_bytes, report.traffic = moved.written_bytes, moved.traffic
+        report.checksum_bytes = moved.checksum_bytes
+        report.survival = self._rollout.survival
+        self._served += 1
+
+    def _is_due(self, when: str) -> bool:
+        return when == "always" or (when == "first" and self._served == 0)
+
+    def _ask_canary(self, report: SwapReport) -> None:
+        if self._is_due(self._config.swap.canary):
+            with report.stage("canary"):
+                self._canary.ask_trainer()
+
+    def _compare_canary(self, report: SwapReport, step: int) -> None:
+        if self._canary.is_waiting:
+            with report.stage("canary"):
+                self.set_noise(0)
+                report.canary = self._canary.compare(step)
+
+    # ---- memory and noise
+
+    @cached_property
+    def _engine_store(self) -> StateStore | None:
+        """Where the engine's weights stay; those of a policy that trains whole come anew with the next swap."""
+        if not self._train.has_adapters:
+            return None
+        return state_store(detect(self._config.train.device), self._config.run.output_dir)
 
     def _offload(self, names: Iterable[str]) -> dict[str, int]:
         released: dict[str, int] = {}
@@ -105,10 +160,10 @@ class Swap:
 
     def noise_of(self, step: int) -> Noise:
         """The noise of `step`; 0 has none."""
-        if step == 0 or not self._noise.enabled:
+        noise, run = self._config.noise, self._config.run
+        if step == 0 or not noise.enabled:
             return Noise()
-        sigma = sigma_at(step, self._run.steps, self._noise)
-        return Noise(sigma, self._run.seed, step, self._noise.exempt_router)
+        return Noise(sigma_at(step, run.steps, noise), run.seed, step, noise.exempt_router)
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes in memory now, by engine and kind."""

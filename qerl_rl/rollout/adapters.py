@@ -7,7 +7,7 @@ falls below a rounding step.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,28 +24,11 @@ class Adapter:
     """This rank's part of one adapter: y += (x A^T) B^T, with the scale (alpha / rank) inside B.
 
     a: float32 [..., rank, inputs], b: float32 [..., outputs, rank]; an expert layer has its local experts in front.
-    experts, inputs, outputs: which experts, columns of A and rows of B of the full tensors these are; None takes all.
     """
 
     name: str
     a: torch.Tensor
     b: torch.Tensor
-    experts: torch.Tensor | None = None
-    inputs: torch.Tensor | None = None
-    outputs: torch.Tensor | None = None
-
-    def copy_(self, full_a: torch.Tensor, full_b: torch.Tensor, scale: float) -> int:
-        """Take over this rank's slices of the full tensors; returns their bytes."""
-        for part, full, dim, index in ((self.a, full_a, -1, self.inputs), (self.b, full_b, -2, self.outputs)):
-            local = full if self.experts is None else full[self.experts]
-            local = local if index is None else local.index_select(dim, index)
-            if local.shape != part.shape:
-                raise ValueError(
-                    f"adapter {self.name}: {tuple(full.shape)} doesn't fit, this rank needs {tuple(part.shape)}"
-                )
-            part.copy_(local)
-        self.b.mul_(scale)
-        return self.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -64,12 +47,12 @@ class AdapterSet:
                 continue
             prefix = f"model.layers.{layer[1]}"
             if lora.attention and path.endswith("self_attn.qkv_proj"):
-                self._attach_linear(module, _qkv_adapter(module, f"{prefix}.self_attn.qkv_proj", lora.rank))
+                self._attach_linear(module, _column_adapter(module, f"{prefix}.self_attn.qkv_proj", lora.rank))
             elif lora.attention and path.endswith("self_attn.o_proj"):
                 self._attach_linear(module, _row_adapter(module, f"{prefix}.self_attn.o_proj", lora.rank))
             elif lora.shared_experts and path.endswith("mlp.shared_expert.gate_up_proj"):
                 name = f"{prefix}.mlp.shared_expert.gate_up_proj"
-                self._attach_linear(module, _gate_up_adapter(module, name, lora.rank))
+                self._attach_linear(module, _column_adapter(module, name, lora.rank))
             elif lora.shared_experts and path.endswith("mlp.shared_expert.down_proj"):
                 name = f"{prefix}.mlp.shared_expert.down_proj"
                 self._attach_linear(module, _row_adapter(module, name, lora.rank))
@@ -81,30 +64,50 @@ class AdapterSet:
             raise RuntimeError(
                 "no layer of the engine's model takes an adapter: its module names are not those expected"
             )
+        self._tensors = {f"{adapter.name}.lora_A": adapter.a for adapter in self.adapters}
+        self._tensors |= {f"{adapter.name}.lora_B": adapter.b for adapter in self.adapters}
+        self._missing: set[str] = set()
 
     def _attach_linear(self, module: Any, adapter: Adapter) -> None:
         module.quant_method = _LinearWithAdapter(module.quant_method, adapter.a, adapter.b)
         self.adapters.append(adapter)
 
-    def update(self, tensors: Mapping[str, torch.Tensor], step: int = 0) -> int:
-        """Take over full tensors in the exchange format; returns the bytes of this rank's slices.
+    def begin(self, step: int) -> None:
+        """An update begins. step has no effect: nothing is rounded here."""
+        self._missing = {f"{adapter.name}.{kind}" for adapter in self.adapters for kind in ("lora_A", "lora_B")}
 
-        step has no effect: nothing is rounded here.
+    @property
+    def locals(self) -> dict[str, tuple[int, ...]]:
+        """By name, the shape of what this rank holds of each adapter's tensor."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-        Raises: ValueError when a tensor is missing, unknown or of another shape; some adapters may be updated then.
-        """
-        expected = {f"{adapter.name}.{kind}" for adapter in self.adapters for kind in ("lora_A", "lora_B")}
-        if tensors.keys() != expected:
-            missing, unknown = sorted(expected - tensors.keys())[:3], sorted(tensors.keys() - expected)[:3]
-            raise ValueError(f"adapters don't fit the engine: missing {missing or 'none'}, unknown {unknown or 'none'}")
-        return sum(
-            adapter.copy_(tensors[f"{adapter.name}.lora_A"], tensors[f"{adapter.name}.lora_B"], self.scale)
-            for adapter in self.adapters
-        )
+    def write(self, local: str) -> torch.Tensor:
+        """The tensor to fill. Raises: KeyError when the engine holds none of this name."""
+        return self._tensors[local]
+
+    def complete(self, local: str) -> None:
+        """All of it has been written, without the scale."""
+        if local.endswith(".lora_B") and local in self._missing:
+            self._tensors[local].mul_(self.scale)
+        self._missing.discard(local)
+
+    def finish(self) -> int:
+        """The end of an update: returns the bytes written. Raises: RuntimeError when tensors are missing."""
+        check_complete(self._missing)
+        return self.nbytes
 
     @property
     def nbytes(self) -> int:
         return sum(adapter.nbytes for adapter in self.adapters)
+
+
+def check_complete(missing: Collection[str]) -> None:
+    """Raise RuntimeError when an update has ended before these tensors of the engine were complete."""
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} tensors of the engine were never completed, {min(missing)} among them: the plan of the "
+            "transfer must hold every tensor of the engine's layout"
+        )
 
 
 class _LinearWithAdapter:
@@ -121,56 +124,21 @@ class _LinearWithAdapter:
         return output.add_(torch.mm(torch.mm(x.float(), self.a.t()), self.b.t()))
 
 
-def _qkv_adapter(layer: Any, name: str, rank: int) -> Adapter:
-    """Column parallel: every rank has all of A, and the rows of B of its own query and key-value heads."""
-    size = layer.head_size
-    query_rows, kv_rows = layer.num_heads * size, layer.num_kv_heads * size
-    all_queries, all_kv = layer.total_num_heads * size, layer.total_num_kv_heads * size
-    # With fewer key-value heads than ranks, neighbouring ranks hold the same head.
-    kv_start = layer.tp_rank // layer.num_kv_head_replicas * kv_rows
-    starts = (layer.tp_rank * query_rows, all_queries + kv_start, all_queries + all_kv + kv_start)
-    outputs = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, (query_rows, kv_rows, kv_rows), strict=True)])
-    return Adapter(name, torch.zeros(rank, layer.input_size), torch.zeros(len(outputs), rank), outputs=outputs)
-
-
-def _gate_up_adapter(layer: Any, name: str, rank: int) -> Adapter:
-    """Column parallel: all of A, and of B the rows of this rank's part of gate and of up."""
-    width = layer.output_size_per_partition // 2
-    part = torch.arange(layer.tp_rank * width, (layer.tp_rank + 1) * width)
-    outputs = torch.cat([part, layer.output_size // 2 + part])
-    return Adapter(name, torch.zeros(rank, layer.input_size), torch.zeros(2 * width, rank), outputs=outputs)
+def _column_adapter(layer: Any, name: str, rank: int) -> Adapter:
+    """Column parallel: every rank has all of A, and of B the rows of its own outputs."""
+    rows = sum(layer.output_partition_sizes)
+    return Adapter(name, torch.zeros(rank, layer.input_size), torch.zeros(rows, rank))
 
 
 def _row_adapter(layer: Any, name: str, rank: int) -> Adapter:
     """Row parallel: the columns of A of this rank's inputs; the layer, or what follows it, sums partial outputs."""
     width = layer.input_size_per_partition
-    inputs = torch.arange(layer.tp_rank * width, (layer.tp_rank + 1) * width)
-    return Adapter(name, torch.zeros(rank, width), torch.zeros(layer.output_size, rank), inputs=inputs)
+    return Adapter(name, torch.zeros(rank, width), torch.zeros(layer.output_size, rank))
 
 
 def _expert_adapters(layer: Any, name: str, rank: int) -> tuple[Adapter, Adapter]:
     """The adapters of this rank's experts, or of its share of every expert's intermediate size."""
-    parallel = layer.moe_config.moe_parallel_config
-    hidden, width = layer.hidden_size, layer.intermediate_size_per_partition
-    if layer.expert_map is None:
-        experts = torch.arange(layer.local_num_experts)
-    else:
-        experts = torch.nonzero(layer.expert_map >= 0).flatten()
-        experts = experts[layer.expert_map[experts].argsort()]
-    columns = torch.arange(parallel.tp_rank * width, (parallel.tp_rank + 1) * width)
-    rows = torch.cat([columns, width * parallel.tp_size + columns])
-    gate_up = Adapter(
-        f"{name}.w13",
-        torch.zeros(len(experts), rank, hidden),
-        torch.zeros(len(experts), 2 * width, rank),
-        experts=experts,
-        outputs=rows,
-    )
-    down = Adapter(
-        f"{name}.w2",
-        torch.zeros(len(experts), rank, width),
-        torch.zeros(len(experts), hidden, rank),
-        experts=experts,
-        inputs=columns,
-    )
+    hidden, width, experts = layer.hidden_size, layer.intermediate_size_per_partition, layer.local_num_experts
+    gate_up = Adapter(f"{name}.w13", torch.zeros(experts, rank, hidden), torch.zeros(experts, 2 * width, rank))
+    down = Adapter(f"{name}.w2", torch.zeros(experts, rank, width), torch.zeros(experts, hidden, rank))
     return gate_up, down

@@ -11,6 +11,7 @@ import torch
 
 from qerl_rl.quant.noise import Noise
 from qerl_rl.quant.requantize import Survival
+from qerl_rl.rollout.weight_memory import ByteStore
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,26 @@ class GroupOutput:
     routed_experts: list[np.ndarray] | None = None
 
 
+class LiveTarget(Protocol):
+    """Tensors of a serving engine that another policy's are written to, in the shards of the engine's own layout."""
+
+    @property
+    def locals(self) -> dict[str, tuple[int, ...]]:
+        """By name, the shape of each tensor that this rank holds; all have to be written."""
+
+    def write(self, local: str) -> torch.Tensor:
+        """The tensor to fill. Raises: KeyError when the engine holds none of this name."""
+
+    def complete(self, local: str) -> None:
+        """All of it has been written."""
+
+    def finish(self) -> int:
+        """All are complete: from now on they are what the engine serves. Returns the bytes written.
+
+        Collective over the ranks of the engine. Raises: RuntimeError when tensors are missing.
+        """
+
+
 class RolloutEngine(Protocol):
     """One rank's share of the engine. Every method is called on all ranks of its layout, in the same order.
 
@@ -91,6 +112,26 @@ class RolloutEngine(Protocol):
         step: merged weights are rounded by the random numbers of this step.
         """
 
+    def adapter_target(self, step: int = 0) -> LiveTarget:
+        """Where another policy's adapters go, in this rank's shards (exchange format); end it with its `finish`.
+
+        step: merged weights are rounded by the random numbers of this step.
+        """
+
+    def weight_target(self) -> LiveTarget:
+        """Where another policy's weights go, in this rank's shards (full training); end it with its `finish`.
+
+        A tensor has the shape of the engine's parameter before its kernels pack it, and of a quantized one there are
+        the parts. Noise is taken away.
+        """
+
+    def score(self, tokens: Sequence[np.ndarray], *, temperature: float | None = None) -> list[np.ndarray]:
+        """Log-probs of given tokens, float32 [n - 1] for int32 [n]: of each but the first, given those before it.
+
+        As `generate` would give them with nothing left out by top_p and top_k. Collective like it: ranks that share
+        experts step together, also where they score nothing. temperature: None takes rollout.temperature, 0 the logits.
+        """
+
     @property
     def description(self) -> str:
         """How this engine runs the checkpoint's formats and its adapters, in a line."""
@@ -107,6 +148,16 @@ class RolloutEngine(Protocol):
 
     def restore_kv_cache(self) -> None:
         """Allocate the KV cache again, empty."""
+
+    def release_weights(self, store: ByteStore | None) -> int:
+        """Let the weights leave memory; returns the bytes freed (0 when they are away already).
+
+        store: where they stay meanwhile (always the same). None gives them up: `weight_target` has to bring all of
+        them, and its `finish` ends the release; `restore_weights` is not called then.
+        """
+
+    def restore_weights(self) -> None:
+        """Bring the weights back, bit for bit."""
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes this rank holds now: `weights`, `adapters`, `kv_cache`."""

@@ -25,7 +25,7 @@ class KvCacheMemory:
         freed = self.nbytes
         if freed:
             for storage in self._storages:
-                _drop_pages(storage.data_ptr(), storage.nbytes())
+                drop_pages(storage.data_ptr(), storage.nbytes())
         self._is_away = True
         return freed
 
@@ -41,7 +41,7 @@ class KvCacheMemory:
         return 0 if self._is_away else sum(storage.nbytes() for storage in self._storages)
 
 
-def _drop_pages(address: int, count: int) -> None:
+def drop_pages(address: int, count: int) -> None:
     """Make `count` bytes from `address` on zeros that take no memory; those on shared first and last pages are written.
 
     Raises: OSError when the system refuses.
@@ -52,4 +52,4 @@ def _drop_pages(address: int, count: int) -> None:
     ctypes.memset(end, 0, max(address + count - end, 0))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED):
-        raise OSError(ctypes.get_errno(), "the system does not take the pages of the KV cache back")
+        raise OSError(ctypes.get_errno(), "the system does not take the pages back")

@@ -1,12 +1,15 @@
 """What the engine makes of the formats of a checkpoint: which weights its kernels take as they are stored.
 
 Where a platform has no kernel of a format (quant/platforms.py), its weights are dequantized to bfloat16 while they are
-loaded, and vLLM is shown a config.json that never knew of it.
+loaded, and vLLM is shown a config.json that never knew of it. A float checkpoint whose weights all train can be rounded
+to a format while it is loaded, as `python -m qerl_rl quantize` would round it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,22 +18,38 @@ import torch
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.quant.checkpoint import CheckpointReader, read_config
-from qerl_rl.quant.formats import Format, get_format
+from qerl_rl.quant.formats import Format, Part, get_format
 from qerl_rl.quant.int4 import W4A16Asymmetric
 from qerl_rl.quant.platforms import CONVERT, DEQUANTIZED, support
+from qerl_rl.quant.quantize import Recipe, Rounding
 from qerl_rl.quant.stored import format_of_group
+
+WHOLE = slice(None)
 
 
 class LoadPlan:
     """How the checkpoint in `folder` runs on `platform` (a column of quant/platforms.py).
 
-    Raises: ConfigError where the platform runs a format in no way, or the checkpoint can't be read.
+    quantize_to: what a float checkpoint is rounded to (a value of quant.format); none or empty leaves it.
+    group_size: of that format, as `get_format` takes it.
+    Raises: ConfigError where the platform runs a format in no way, the checkpoint can't be read, or it is quantized
+    already where `quantize_to` names a format.
     """
 
-    def __init__(self, folder: str | Path, platform: str) -> None:
+    def __init__(self, folder: str | Path, platform: str, quantize_to: str | None = None, group_size: int = 0) -> None:
         self.reader, self.platform = CheckpointReader(folder), platform
+        self._recipe = Recipe(quantize_to, group_size=group_size) if quantize_to not in (None, "", "none") else None
         config = read_config(Path(folder))
         self._described = config.get("quantization_config")
+        if self._recipe is not None:
+            if self._described:
+                raise ConfigError(
+                    f"{folder} is quantized already, and can't be rounded to {quantize_to}.",
+                    fix="set model.path to the checkpoint in bfloat16 or float32",
+                    where=str(Path(folder) / "config.json"),
+                )
+            self._described = self._recipe.quantization_config()
+            self._rounding = Rounding(self.reader, self._recipe)
         self._where = str(Path(folder) / "config.json")
         groups = (self._described or {}).get("config_groups") or {}
         self._formats = {name: format_of_group(group, self._where) for name, group in groups.items()}
@@ -46,12 +65,18 @@ class LoadPlan:
     @property
     def is_native(self) -> bool:
         """Whether the engine takes every weight as it is stored."""
+        if self._recipe is not None:
+            return False
         runs = [(format, self._as_run(format)) for format in self._formats.values()]
         return all(run is not None and run.name == format.name for format, run in runs)
 
+    def stored_format(self, weight: str) -> Format | None:
+        """The format that a weight is stored in, or rounded to; None: floats."""
+        return self.reader.format_of(weight) if self._recipe is None else self._recipe.format_of(weight)
+
     def engine_format(self, weight: str) -> Format | None:
         """The format that the engine computes with for a weight of the checkpoint; None: floats."""
-        format = self.reader.format_of(weight)
+        format = self.stored_format(weight)
         return None if format is None else self._as_run(format)
 
     def _as_run(self, format: Format) -> Format | None:
@@ -66,20 +91,46 @@ class LoadPlan:
 
     def tensors(self, weight: str) -> dict[str, torch.Tensor]:
         """What the engine loads for a weight of the checkpoint, by full name; bfloat16 where it is dequantized."""
-        stored, run = self.reader.format_of(weight), self.engine_format(weight)
+        stored, run = self.stored_format(weight), self.engine_format(weight)
         if stored is None:
             return {weight: self.reader.get(weight)}
         if run is None:
-            return {weight: self.reader.weight(weight, torch.bfloat16)}
-        parts = self.reader.parts(weight)
-        return {weight + suffix: tensor for suffix, tensor in run.stored(self.converted(stored, run, parts)).items()}
+            return {weight: self.floats(weight)}
+        return {weight + suffix: tensor for suffix, tensor in run.stored(self.parts(weight)).items()}
 
-    def parts(self, weight: str) -> dict[str, torch.Tensor]:
-        """The parts, as in memory, of a weight that the engine computes with in a format."""
-        stored, run = self.reader.format_of(weight), self.engine_format(weight)
+    def parts(self, weight: str, rows: slice = WHOLE, columns: slice = WHOLE) -> dict[str, torch.Tensor]:
+        """The parts, as in memory, of a weight [N, K] that the engine computes with in a format; nothing else is read.
+
+        columns: of the weight, in whole groups of those that share a scale.
+        """
+        stored, run = self.stored_format(weight), self.engine_format(weight)
         assert stored is not None
         assert run is not None
-        return self.converted(stored, run, self.reader.parts(weight))
+        return self.converted(stored, run, self._stored_parts(weight, stored, rows, columns))
+
+    def floats(self, weight: str, rows: slice = WHOLE, columns: slice = WHOLE) -> torch.Tensor:
+        """Rows and columns of a weight that the engine computes with as bfloat16; nothing else is read."""
+        stored = self.stored_format(weight)
+        if stored is None:
+            return self.reader.get(weight, rows, columns).to(torch.bfloat16)
+        start, stop, _ = columns.indices(self.reader.weight_shape(weight)[1])
+        # In whole groups: where nothing but floats is left of them, a rank's columns may begin within one.
+        unit = math.lcm(*(part.columns for part in stored.parts if part.columns))
+        first = start // unit * unit
+        parts = self._stored_parts(weight, stored, rows, slice(first, -(-stop // unit) * unit))
+        return stored.dequantize(parts, torch.bfloat16)[:, start - first : stop - first]
+
+    def _stored_parts(self, weight: str, format: Format, rows: slice, columns: slice) -> dict[str, torch.Tensor]:
+        start, stop, _ = columns.indices(self.reader.weight_shape(weight)[1])
+
+        def index(part: Part) -> tuple[slice, slice]:
+            return rows, slice(start // part.columns, stop // part.columns) if part.columns else WHOLE
+
+        if self._recipe is None:
+            return {part.suffix: self.reader.part(weight, part, *index(part)) for part in format.parts}
+        with _floats_are_float32():
+            rounded = self._rounding.parts(weight, self.reader.get(weight))
+        return {part.suffix: rounded[part.suffix][index(part)] for part in format.parts}
 
     @staticmethod
     def converted(stored: Format, run: Format, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -115,9 +166,8 @@ class LoadPlan:
         """What names the modules of a group: its targets, or each module where they name a class."""
         if "Linear" not in targets:
             return targets
-        names = [name for name in self.names() if self.reader.is_quantized(name)]
         kind = (type(format), format.group_size)
-        formats = {name: self.reader.format_of(name) for name in names}
+        formats = {name: self.stored_format(name) for name in self.names()}
         return [
             name.removesuffix(".weight")
             for name, found in formats.items()
@@ -139,6 +189,17 @@ class LoadPlan:
         if run.name != format.name:
             return f"{format.name}{groups}: native, in the layout of {run.name}"
         return f"{format.name}{groups}: native{', ' + how.note if how.note else ''}"
+
+
+@contextlib.contextmanager
+def _floats_are_float32() -> Iterator[None]:
+    """vLLM makes the type of its model torch's default while it loads; scales are computed in float32."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def local_tensors(plan: LoadPlan, foreign: frozenset[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.rollout.load_plan import LoadPlan, local_tensors
-from qerl_rl.rollout.merge_targets import TargetFinder
+from qerl_rl.rollout.repack import packed_modules
 
 LOAD_FORMAT = "qerl_rl"
 _plans: dict[str, LoadPlan] = {}
@@ -45,12 +46,11 @@ def _register_loader(plan: LoadPlan) -> None:
 
 def foreign_experts(model: torch.nn.Module, plan: LoadPlan) -> frozenset[str]:
     """The modules of the checkpoint that are experts of other ranks."""
-    finder, foreign = TargetFinder(plan.reader), set()
-    for path, module in model.named_modules():
-        if path.endswith("experts.routed_experts") and module.expert_map is not None:
-            layer = path.partition(".mlp.")[0].partition(".block_sparse_moe.")[0]
+    architecture, foreign = MoeArchitecture.from_folder(plan.reader.path), set()
+    for path, module in packed_modules(model).items():
+        if path.endswith(".experts") and getattr(module, "expert_map", None) is not None:
             elsewhere = torch.nonzero(module.expert_map < 0).flatten().tolist()
-            foreign |= {target.stem for target in finder.experts(layer, elsewhere)}
+            foreign |= {f"{path}.{expert}.{name}" for expert in elsewhere for name in architecture.expert_weight_names}
     return frozenset(foreign)
 
 

@@ -7,7 +7,8 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,28 @@ import torch
 import torch.distributed as dist
 
 from qerl_rl.config.schema import LoraConfig, RolloutConfig
+from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.engine import EngineLayout
+from qerl_rl.layout.tensors import Adapters, Tensors, Weights, full_tensors
 from qerl_rl.quant.noise import Noise
 from qerl_rl.quant.requantize import Survival
 from qerl_rl.rollout.adapters import AdapterSet
 from qerl_rl.rollout.collector import Collector, unfinished_samples
-from qerl_rl.rollout.engine import GroupOutput, GroupRequest
+from qerl_rl.rollout.engine import GroupOutput, GroupRequest, LiveTarget
 from qerl_rl.rollout.environment import configure_environment
+from qerl_rl.rollout.full_tensors import exchange_format, put
 from qerl_rl.rollout.kv_cache import KvCacheMemory
 from qerl_rl.rollout.limits import check_expert_sizes, check_groups
 from qerl_rl.rollout.load_plan import LoadPlan
 from qerl_rl.rollout.loader import loader_options
-from qerl_rl.rollout.merge import MergedAdapters, merges_adapters
+from qerl_rl.rollout.merge import MergedAdapters, has_adapters, merges_adapters
+from qerl_rl.rollout.merge_shards import ShardFinder
 from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
 from qerl_rl.rollout.routing import no_experts, routing_engine
-from qerl_rl.rollout.weight_memory import drop_unused_copies, weight_bytes
+from qerl_rl.rollout.score import score
+from qerl_rl.rollout.weight_memory import ByteStore, WeightMemory, drop_unused_copies
+from qerl_rl.rollout.weight_target import WeightTarget
 
 
 class VllmEngine:
@@ -39,7 +47,9 @@ class VllmEngine:
     Construct it on every rank of tensor_parallel x data_parallel, with the default process group (gloo) initialised and
     RANK and LOCAL_RANK set; a single process needs neither. With expert_parallel, data-parallel ranks step together;
     without, each of them is an engine of its own. max_length: tokens of prompt and response together.
-    record_routing: outputs say which experts each token went to (routing replay).
+    record_routing: outputs say which experts each token went to (routing replay). quantize_to: the format that the
+    weights of a float checkpoint are rounded to when they are loaded (full training), with the group size group_size
+    (0: its own); None takes them as they are.
     """
 
     def __init__(
@@ -51,6 +61,8 @@ class VllmEngine:
         max_length: int,
         seed: int,
         record_routing: bool = False,
+        quantize_to: str | None = None,
+        group_size: int = 0,
     ) -> None:
         check_expert_sizes(model_path, rollout)
         configure_environment()
@@ -64,19 +76,24 @@ class VllmEngine:
             from qerl_rl.rollout.vllm_patches import apply_patches, platform_name
 
             apply_patches()
-            self._plan = LoadPlan(model_path, platform_name())
+            self._plan = LoadPlan(model_path, platform_name(), quantize_to, group_size)
             check_groups(self._plan, rollout)
             arguments = _engine_args(self._plan, rollout, max_length, seed)
             self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
         runner = self._engine.model_executor.driver_worker.worker.model_runner
         drop_unused_copies(runner.model)
-        self._weights = weight_bytes(runner.model)
+        self._weight_memory = WeightMemory(runner.model)
         self._adapters: AdapterSet | MergedAdapters | None = None
+        self._architecture = MoeArchitecture.from_folder(model_path)
+        self._rank, self._adapter_kinds = dist.get_rank() if dist.is_initialized() else 0, Adapters(lora)
         if merges_adapters(runner.model, lora):
-            world_size = rollout.tensor_parallel * rollout.data_parallel
-            self._adapters = MergedAdapters(runner.model, self._engine.vllm_config, self._plan, lora, seed, world_size)
-        elif lora.attention or lora.experts:
+            finder = ShardFinder(self._architecture, self._layout(Weights()), self._rank)
+            shapes = self._layout(self._adapter_kinds).local_shapes(self._rank)
+            config = self._engine.vllm_config
+            self._adapters = MergedAdapters(runner.model, config, self._plan, lora, seed, finder, shapes)
+        elif has_adapters(lora):
             self._adapters = AdapterSet(runner.model, lora)
+        self._weight_target: WeightTarget | None = None
         self._noise = NormNoise(runner.model)
         self._no_experts = no_experts(self._engine) if record_routing else None
         self._kv_cache = KvCacheMemory(runner.kv_caches)
@@ -95,8 +112,7 @@ class VllmEngine:
         group number given twice, a prompt that leaves no room for a response, partial responses that are not one a
         sample, or more groups that must finish than the quota has places.
         """
-        if self._kv_cache.nbytes == 0:
-            raise RuntimeError("generate() while the KV cache is released: call restore_kv_cache() first")
+        self._check_in_memory("generate()")
         waiting = {request.group: self._collector(request) for request in requests}
         if len(waiting) != len(requests):
             raise ValueError("two requests have the same group number")
@@ -118,6 +134,12 @@ class VllmEngine:
             waiting = {}
         finally:
             self._abort(waiting)
+
+    def _check_in_memory(self, call: str) -> None:
+        if self._kv_cache.nbytes == 0:
+            raise RuntimeError(f"{call} while the KV cache is released: call restore_kv_cache() first")
+        if self._weight_memory.is_away:
+            raise RuntimeError(f"{call} while the weights are released: call restore_weights() first")
 
     def _collector(self, request: GroupRequest) -> Collector:
         return Collector(request, self._budget(request), self._stop_tokens, self._no_experts)
@@ -173,12 +195,60 @@ class VllmEngine:
             self._engine.abort_request(names)
 
     def set_adapters(self, tensors: Mapping[str, torch.Tensor], step: int = 0) -> int:
-        """See RolloutEngine; cached prefixes of the old policy are forgotten."""
+        """See RolloutEngine."""
+        target, kinds = self.adapter_target(step), self._adapter_kinds
+        full = exchange_format(full_tensors(self._architecture, kinds), tensors)
+        put(target, self._layout(kinds), self._rank, full)
+        return target.finish()
+
+    def adapter_target(self, step: int = 0) -> LiveTarget:
+        """See RolloutEngine; cached prefixes of the old policy are forgotten in the end."""
         if self._adapters is None:
-            raise RuntimeError("set_adapters() on an engine built with lora.attention and lora.experts off")
-        taken = self._adapters.update(tensors, step)
+            raise RuntimeError("adapters for an engine built without: lora.rank is 0, or nothing is to be adapted")
+        if isinstance(self._adapters, MergedAdapters) and self._weight_memory.is_away:
+            raise RuntimeError("adapters are merged into weights that are released: call restore_weights() first")
+        self._adapters.begin(step)
+        return _Served(self._adapters, self._served)
+
+    def weight_target(self) -> LiveTarget:
+        """See RolloutEngine; cached prefixes of the old policy are forgotten in the end.
+
+        Raises: RuntimeError on an engine with adapters, which change the weights that it was built with.
+        """
+        if self._adapters is not None:
+            raise RuntimeError("weights for an engine with adapters: set lora.rank to 0")
+        self.set_noise(Noise())
+        if self._weight_target is None:
+            self._weight_target = WeightTarget(self.model, self._engine.vllm_config, self._plan)
+        self._weight_target.begin()
+        return _Served(self._weight_target, self._served)
+
+    def _served(self) -> None:
+        """Another policy is served from now on."""
+        if not isinstance(self._adapters, AdapterSet):
+            self._weight_memory.changed()
         self._engine.reset_prefix_cache()
-        return taken
+
+    def _layout(self, tensors: Tensors) -> EngineLayout:
+        rollout = self._rollout
+        sizes = rollout.tensor_parallel, rollout.data_parallel, rollout.expert_parallel
+        return EngineLayout(self._architecture, *sizes, tensors)
+
+    def score(self, tokens: Sequence[np.ndarray], *, temperature: float | None = None) -> list[np.ndarray]:
+        """See RolloutEngine; nothing of it stays in the prefix cache.
+
+        Raises: RuntimeError while the KV cache is released or samples are being generated; ValueError for fewer than 2
+        tokens or max_length of them.
+        """
+        self._check_in_memory("score()")
+        if self._engine.get_num_unfinished_requests():
+            raise RuntimeError("score() while samples are being generated")
+        wrong = next((len(row) for row in tokens if not 2 <= len(row) < self._max_length), None)
+        if wrong is not None:
+            raise ValueError(f"score() takes 2 to {self._max_length - 1} tokens, not {wrong}")
+        rows = score(self._engine, tokens, self._rollout.temperature if temperature is None else temperature)
+        self._engine.reset_prefix_cache()
+        return rows
 
     @property
     def description(self) -> str:
@@ -209,6 +279,16 @@ class VllmEngine:
         """See RolloutEngine."""
         self._kv_cache.restore()
 
+    def release_weights(self, store: ByteStore | None) -> int:
+        """See RolloutEngine. Raises: RuntimeError while samples are being generated."""
+        if self._engine.get_num_unfinished_requests():
+            raise RuntimeError("release_weights() while samples are being generated")
+        return self._weight_memory.release(store)
+
+    def restore_weights(self) -> None:
+        """See RolloutEngine. Raises: RuntimeError when they were given up."""
+        self._weight_memory.restore()
+
     @property
     def model(self) -> torch.nn.Module:
         """vLLM's model on this rank."""
@@ -217,7 +297,30 @@ class VllmEngine:
     def held_bytes(self) -> dict[str, int]:
         """Bytes of this rank's weights (its shard, as packed), adapters and KV cache."""
         adapters = 0 if self._adapters is None else self._adapters.nbytes
-        return {"weights": self._weights, "adapters": adapters, "kv_cache": self._kv_cache.nbytes}
+        return {"weights": self._weight_memory.nbytes, "adapters": adapters, "kv_cache": self._kv_cache.nbytes}
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A target whose end the engine hears of."""
+
+    target: AdapterSet | MergedAdapters | WeightTarget
+    finished: Callable[[], None]
+
+    @property
+    def locals(self) -> dict[str, tuple[int, ...]]:
+        return self.target.locals
+
+    def write(self, local: str) -> torch.Tensor:
+        return self.target.write(local)
+
+    def complete(self, local: str) -> None:
+        self.target.complete(local)
+
+    def finish(self) -> int:
+        written = self.target.finish()
+        self.finished()
+        return written
 
 
 def sample_seed(seed: int, index: int, done: int = 0) -> int:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from qerl_rl.config.schema import Config
-from qerl_rl.layout.slots import LANGUAGE_MODEL
+from qerl_rl.layout.slots import LANGUAGE_MODEL, adapter_slots, weight_slots
+from qerl_rl.model.formats import rounded_formats
+from qerl_rl.platform.state_store import StateStore
 from qerl_rl.quant.noise import Noise
+from qerl_rl.quant.quantize import recipe_of
 from qerl_rl.train import checkpoint, export
 from qerl_rl.train.background import BackgroundJob
+from qerl_rl.train.first_weights import FirstWeights
 from qerl_rl.train.learner import EngineSnapshot, LearningEngine
 from qerl_rl.train.norm_noise import noisy_norms
-from qerl_rl.train.offload import StateStore
 from qerl_rl.train.replay_metrics import replay_metrics
 from qerl_rl.train.samples import Samples
+
+if TYPE_CHECKING:
+    from qerl_rl.train.shard_source import OnFinished, ShardSource
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class TokenScores:
 
 
 class TrainEngine(LearningEngine):
-    """Trains the policy: the adapters of the model at config.model.path (lora.rank 0, not quantized: all of it).
+    """Trains the policy: the adapters of the model at config.model.path (lora.rank 0: all of it).
 
     Args, Raises: as `ModelEngine`.
     """
@@ -49,35 +55,82 @@ class TrainEngine(LearningEngine):
 
         score = token_scores(self.architecture.vocabulary_size, config.rollout.temperature)
         self._passes = Passes(self._state.ddp, score)
+        # Before any checkpoint is loaded: a resumed run has the reference it began with.
+        self._first_weights: FirstWeights | None = None
+        if not self.has_adapters and config.has_reference:
+            self._first_weights = FirstWeights(self._state.trainable().values(), self._store)
         self._writer: BackgroundJob[None] = BackgroundJob("checkpoint")
 
     # ---- compute
 
-    def log_probs(self, samples: Samples, *, adapters: bool = True, noise: Noise | None = None) -> TokenScores | None:
+    def log_probs(self, samples: Samples, *, reference: bool = False, noise: Noise | None = None) -> TokenScores | None:
         """Log-probs of the response tokens, and entropies, at rollout.temperature; None except on `is_output_rank`.
 
-        adapters=False gives those of the reference: the base model, whatever has been trained since. With `noise` they
-        are those of the policy with that noise on its layer norms. Tokens go to samples.routed_experts, in all of them.
-        Raises: ValueError for adapters=False where everything trains: the reference is gone.
+        With `reference` they are those of the model at config.model.path, whatever has been trained since. With `noise`
+        they are those of the policy with that noise on its layer norms. Tokens go to samples.routed_experts, in all of
+        them.
+        Raises: ValueError for a reference where there is none (`Config.has_reference`).
         """
-        self._require_state("log_probs")
-        if not adapters and not self.has_adapters:
-            raise ValueError("adapters=False needs adapters: with lora.rank=0 the base itself has been trained")
-        from qerl_rl.model.lora import adapters_disabled
-
+        self._require_parameters("log_probs")
         packs = self._packs(samples)
-        with noisy_norms(self.model, noise or Noise()), nullcontext() if adapters else adapters_disabled(self.model):
+        with self._reference() if reference else nullcontext(), noisy_norms(self.model, noise or Noise()):
             found = self._scores(packs, len(samples))
         replay: dict[str, float] = {}
         if self.config.router_replay.is_on:
             replay = replay_metrics(packs, is_output_rank=self.is_output_rank, device=self.device)
         return None if found is None else TokenScores(found[0], found[1], replay)
 
-    # ---- adapters and checkpoints
+    def _reference(self) -> AbstractContextManager[None]:
+        """Inside, the model is what training began with: adapters are off, or the first weights are in their place."""
+        if self._first_weights is not None:
+            return self._first_weights.in_place()
+        if not self.has_adapters:
+            fix = "with lora.rank=0 the first weights are kept for a KL only (algorithm.kl_coefficient), and in dpo"
+            raise ValueError(f"there is no reference: {fix}")
+        from qerl_rl.model.lora import adapters_disabled
+
+        return adapters_disabled(self.model)
+
+    # ---- what moves to the rollout engine, and checkpoints
+
+    def weight_source(self, on_finished: OnFinished | None = None) -> ShardSource:
+        """The trained weights of this rank as the rollout engine holds them, for one transfer.
+
+        Local names are those of the model's parameters, with the suffix of the part where config.quant rounds a weight;
+        what is not rounded has the type rollout.dtype. Collective.
+        Args: on_finished: called with (name, parameter) when a parameter has been read for the last time.
+        Raises: ValueError where adapters train: the base never moves.
+        """
+        self._require_trained("weight_source")
+        if self.has_adapters:
+            raise ValueError("weight_source() is for lora.rank=0: over a frozen base the adapters move, not the base")
+        from qerl_rl.model.build import DTYPES
+        from qerl_rl.model.parallel import current_sizes
+        from qerl_rl.train.shard_source import ShardSource
+
+        return ShardSource(
+            self.model,
+            self.architecture,
+            weight_slots(self.architecture, current_sizes()),
+            formats=rounded_formats(self.architecture, recipe_of(self.config.quant)),
+            dtype=DTYPES[self.config.rollout.dtype],
+            on_finished=on_finished,
+        )
+
+    def adapter_source(self, on_finished: OnFinished | None = None) -> ShardSource:
+        """The adapters of this rank, by the names and in the type of its parameters, for one transfer.
+
+        Args: on_finished: as for `weight_source`.
+        """
+        self._require_trained("adapter_source")
+        from qerl_rl.train.shard_source import ShardSource
+
+        slots = adapter_slots(self.architecture, self.config.lora) if self.has_adapters else []
+        return ShardSource(self.model, self.architecture, slots, on_finished=on_finished)
 
     def gather_adapters(self) -> dict[str, torch.Tensor]:
         """All adapters, unsharded, float32, in the exchange format; on every rank."""
-        self._require_state("gather_adapters")
+        self._require_trained("gather_adapters")
         if not self.has_adapters:
             return {}
         from qerl_rl.model.lora import gather_adapters

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from qerl_rl.algorithms.sequences import AGGREGATIONS, PAIR_MEAN, TOKEN_MEAN
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import Config
+from qerl_rl.platform.state_store import StateStore
 from qerl_rl.train import checkpoint
 from qerl_rl.train.exchange import sum_over_ranks
 from qerl_rl.train.model_engine import ModelEngine
-from qerl_rl.train.offload import StateStore
 from qerl_rl.train.samples import Samples
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from qerl_rl.config.schema import Config
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.model.formats import stored_formats
 from qerl_rl.platform import detect, prepare_megatron
+from qerl_rl.platform.state_store import StateStore, state_store
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.train.exchange import largest_over
-from qerl_rl.train.offload import Offloader, SpillFile, StateStore
+from qerl_rl.train.offload import Offloader
 from qerl_rl.train.packing import Pack, make_pack, partition_alike
 from qerl_rl.train.samples import Samples
 
@@ -29,7 +30,7 @@ class ModelEngine:
     one data-parallel rank pass the same samples. Engines of one process share Megatron's groups, never a store.
 
     Args: head: what its output layer gives, `qerl_rl.layout.slots.LANGUAGE_MODEL` or `VALUE`. store: takes what leaves
-        memory; by default an unlinked file in the folder for temporary files.
+        memory; by default the one for its device, where that is a file in the folder for temporary files.
     Raises: ConfigError for a model or a layout that can't be used.
     """
 
@@ -54,7 +55,8 @@ class ModelEngine:
             self.model = build_model(self.architecture, config.train, lora, formats, head=head, seed=config.run.seed)
             """The GPTModel of this rank."""
             load_hf(self.model, reader, self.architecture)
-        self._offloader = Offloader(store or SpillFile())
+        self._store = store or state_store(device)
+        self._offloader = Offloader(self._store)
 
     # ---- where this rank is
 
@@ -97,17 +99,39 @@ class ModelEngine:
     def offload(self) -> dict[str, int]:
         """Move out of memory what config.swap names. Returns the bytes that left, by kind."""
         self._track()
+        return self._offloader.offload(self._leaving_kinds())
+
+    def begin_offload(self) -> dict[str, int]:
+        """Let all of that leave but the parameters that train, which can still be read; `offload` goes on from there.
+
+        Returns the bytes that leave, by kind.
+        """
+        self._track()
+        return self._offloader.begin_offload(self._leaving_kinds(), only_frozen=["parameters"])
+
+    def reclaim(self) -> None:
+        """Free the memory of what has left since `begin_offload`."""
+        self._offloader.reclaim()
+
+    def _leaving_kinds(self) -> list[str]:
         swap = self.config.swap
         switches = {
-            "parameters": swap.offload_parameters,
             "gradients": swap.offload_gradients,
             "optimizer": swap.offload_optimizer,
+            "parameters": swap.offload_parameters,
         }
-        return self._offloader.offload(kind for kind, switch in switches.items() if switch)
+        return [kind for kind, switch in switches.items() if switch]
 
     def onload(self) -> dict[str, int]:
-        """Bring everything back (gradients as zeros). Returns the bytes that came back, by kind."""
+        """Bring everything back (gradients as zeros). Returns the bytes that come back, by kind.
+
+        The optimizer's state may still be on its way: what needs it waits for it.
+        """
         return self._offloader.onload()
+
+    def finish_moves(self) -> None:
+        """Until all that leaves has left and all that returns is back."""
+        self._offloader.finish()
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes of the engine's state in memory now: parameters, gradients, optimizer."""
@@ -124,8 +148,19 @@ class ModelEngine:
         self._offloader.track("parameters", [*self.model.parameters(), *self.model.buffers()], frozen=True)
 
     def _require_state(self, purpose: str) -> None:
+        self._require_parameters(purpose)
+        self.finish_moves()
+
+    def _require_parameters(self, purpose: str) -> None:
+        """Enough for passes, which the optimizer's state may still be on its way beside."""
         if self.is_away:
             raise RuntimeError(f"{purpose} needs the train state in memory: call onload() first")
+
+    def _require_trained(self, purpose: str) -> None:
+        """What trains can be read, also while the rest leaves (`begin_offload`)."""
+        trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        if not all(parameter.untyped_storage().nbytes() for parameter in trained):
+            raise RuntimeError(f"{purpose} needs the trained parameters in memory: call onload() first")
 
 
 def by_sample(packs: Sequence[Pack], found: Sequence[tuple[torch.Tensor, ...]], samples: int) -> list[list[np.ndarray]]:

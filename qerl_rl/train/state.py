@@ -91,6 +91,16 @@ def _mark_split_parameters(model: torch.nn.Module) -> None:
             module.weight.tensor_model_parallel = True
 
 
+def _put_embedding_last(model: torch.nn.Module) -> None:
+    """Let the first pipeline stage's embedding come first in the buffers of DDP, which are filled from the end.
+
+    A tied embedding has a bucket of its own where there are several stages. Megatron-core 0.12.1 takes its place in the
+    buffer before it pads the bucket ahead, which overlaps it then unless that happens to end at 128 elements.
+    """
+    if "embedding" in model._modules:
+        model._modules["embedding"] = model._modules.pop("embedding")
+
+
 def build_state(model: torch.nn.Module, config: TrainConfig) -> TrainState:
     """Wrap `model` in DDP with a distributed Adam (gradients and moments in float32).
 
@@ -99,6 +109,7 @@ def build_state(model: torch.nn.Module, config: TrainConfig) -> TrainState:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the model has no trainable parameter on this rank")
     _mark_split_parameters(model)
+    _put_embedding_last(model)
     distributed = DistributedDataParallelConfig(
         use_distributed_optimizer=True, overlap_grad_reduce=False, grad_reduce_in_fp32=True
     )

@@ -8,10 +8,10 @@ import numpy as np
 
 from qerl_rl.config.schema import Config
 from qerl_rl.layout.slots import VALUE
+from qerl_rl.platform.state_store import StateStore
 from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.train.learner import LearningEngine
 from qerl_rl.train.model_engine import ModelEngine
-from qerl_rl.train.offload import StateStore
 from qerl_rl.train.packing import at_ends
 from qerl_rl.train.samples import Samples
 
@@ -40,7 +40,7 @@ class ValueEngine(LearningEngine):
 
         V is what the critic expects of prompt and response up to there, the token itself not yet seen.
         """
-        self._require_state("values")
+        self._require_parameters("values")
         found = self._scores(self._packs(samples), len(samples))
         return None if found is None else found[0]
 
@@ -59,7 +59,7 @@ class RewardModelEngine(ModelEngine):
 
     def scores(self, samples: Samples) -> np.ndarray | None:
         """The head at each sample's last token, after prompt and response: float32 [S]; None off `is_output_rank`."""
-        self._require_state("scores")
+        self._require_parameters("scores")
         packs = [at_ends(pack) for pack in self._packs(samples)]
         found = self._scores(packs, len(samples))
         return None if found is None else np.concatenate([np.zeros(0, np.float32), *found[0]])

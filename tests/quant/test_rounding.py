@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qerl_rl.quant.formats import FORMATS, get_format
-from qerl_rl.quant.requantize import Survival, merged_parts, requantized
+from qerl_rl.quant.requantize import Shard, Survival, merged_bfloat16, merged_parts, requantized, scale_growth
 from qerl_rl.quant.rounding import Rounding, round_change, round_to_bfloat16
 
 SEEDS = 400
@@ -47,17 +47,54 @@ KEYS = [(1, 1, "a"), (2, 1, "a"), (1, 2, "a"), (1, 1, "b"), (-3, 1 << 40, "a")]
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.integers(1, 40), st.integers(1, 70), st.data())
-def test_any_rows_have_the_numbers_that_they_have_in_the_full_weight(
-    rows: int, columns: int, data: st.DataObject
+@given(st.integers(1, 40), st.integers(1, 70), st.sampled_from([0, (1 << 32) // 70 - 20]), st.data())
+def test_any_rows_and_columns_have_the_numbers_that_they_have_in_the_full_weight(
+    rows: int, width: int, above: int, data: st.DataObject
 ) -> None:
-    first = data.draw(st.integers(0, rows - 1))
-    count = data.draw(st.integers(1, rows - first))
+    first, left = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, width - 1))
+    count, columns = data.draw(st.integers(1, rows - first)), data.draw(st.integers(1, width - left))
     rounding = Rounding(True, 5, 7)
-    full, part = rounding.rows("w", 0, rows, columns), rounding.rows("w", first, count, columns)
+    full = rounding.rows("w", above, rows, width)
+    part = rounding.rows("w", above + first, count, columns, left, width)
     assert full is not None
     assert part is not None
-    assert torch.equal(full[first : first + count], part)
+    assert torch.equal(full[first : first + count, left : left + columns], part)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "bfloat16"])
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_shards_merge_to_the_bits_of_the_whole(name: str, stochastic: bool) -> None:
+    """Cut by rows, into a single one too, and by columns (a scale for a whole row grows as the largest needs)."""
+    generator, rounding = torch.Generator().manual_seed(4), Rounding(stochastic, 2, 3)
+    weight = torch.randn(65, 512, generator=generator) / 20
+    a, b = torch.randn(8, 512, generator=generator) / 8, torch.randn(65, 8, generator=generator) / 10
+    format = None if name == "bfloat16" else get_format(name)
+    parts = {"": weight.bfloat16()} if format is None else format.quantize(weight)
+
+    def cut(part: str, columns: slice) -> slice:
+        unit = next((each.columns for each in format.parts if each.suffix == part), 1) if format else 1
+        return slice(columns.start // unit, columns.stop // unit) if unit else slice(None)
+
+    def merged(rows: slice, columns: slice, growth: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        own = {key: part[rows, cut(key, columns)] for key, part in parts.items()}
+        factors, shard = (a[:, columns], b[rows]), Shard("w", rows.start, columns.start, 512)
+        if format is None:
+            return {"": merged_bfloat16(own[""], *factors, rounding, shard, Survival())}
+        if growth is None and not format.group_size:
+            growth = scale_growth(format, own, *factors, stochastic)
+            for other in (slice(0, 128), slice(128, 512)):
+                there = {key: part[rows, cut(key, other)] for key, part in parts.items()}
+                growth = torch.maximum(growth, scale_growth(format, there, a[:, other], b[rows], stochastic))
+        return merged_parts(format, own, *factors, rounding, shard, Survival(), growth)
+
+    whole = merged(slice(0, 65), slice(0, 512))
+    for rows in (slice(0, 40), slice(40, 64), slice(64, 65)):
+        for columns in (slice(0, 512), slice(0, 128), slice(128, 512)):
+            for key, part in merged(rows, columns).items():
+                assert torch.equal(part.float(), whole[key][rows, cut(key, columns)].float())
+    if format is not None and not format.group_size:
+        assert (whole["_scale"] > parts["_scale"]).any()
+        assert not (whole["_scale"] > parts["_scale"]).all()
 
 
 def _unbiased(outcomes: torch.Tensor, wanted: torch.Tensor, gap: torch.Tensor, resolution: float) -> None:
@@ -140,7 +177,7 @@ def _merge(
     parts = format.quantize(torch.randn(256, 512, generator=generator) / 20)
     a, b = torch.randn(8, 512, generator=generator) / 8, torch.randn(256, 8, generator=generator) * size
     survival = Survival()
-    return parts, merged_parts(format, parts, a, b, rounding, "w", survival), survival
+    return parts, merged_parts(format, parts, a, b, rounding, Shard("w"), survival), survival
 
 
 @pytest.mark.parametrize("name", FORMATS)

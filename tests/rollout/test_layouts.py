@@ -31,6 +31,7 @@ from tests.rollout.scenes import (
     request,
     tokens_of,
 )
+from tests.rollout.shards import check_shards, merged_weights
 
 GROUPS = [0, 1, 2, 3, 4]
 Shares = list[list[int]]
@@ -43,7 +44,7 @@ def _scene(folder: Path, layout: dict[str, Any], calls: list[Shares], greedy_sha
     engine = make_engine(folder, merging, record_routing=True, **layout)
     adapters = random_adapters(folder, seed=1)
     seen: dict[str, Any] = {"held merged": engine.held_bytes(), "read": engine._plan.reader.bytes_read}
-    engine.set_adapters(adapters, 7)
+    seen["merged weights"] = merged_weights(engine, adapters, 7)
     seen["survival"], seen["merged"] = engine.survival, generate(engine, greedy_share[rank], greedy=True)
     engine.set_adapters({name: 0 * tensor for name, tensor in adapters.items()}, 8)
     act_beside_the_weights(engine)
@@ -83,10 +84,11 @@ def _merged(outputs: list[Plain]) -> Plain:
     return {group: entry for output in outputs for group, entry in output.items()}
 
 
-def _check_survival(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
-    """Each weight is rounded as on one rank, and counted once: the same sums, in another order."""
+def _check_merge(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    """Each weight is rounded as on one rank, and counted once: the same bits; the same sums, in another order."""
     total = Survival()
     for rank in ranks:
+        check_shards(rank["merged weights"], alone["merged weights"])
         total.add(rank["survival"])
     assert total.applied == pytest.approx(alone["survival"].applied, rel=1e-5)
     assert total.wanted == pytest.approx(alone["survival"].wanted, rel=1e-5)
@@ -121,7 +123,7 @@ def test_tensor_parallel_ranks_agree_with_each_other_and_with_one_rank(
     }
     assert first["shared memory"] == []
     assert first["merged"] == second["merged"]
-    _check_survival([first, second], alone)
+    _check_merge([first, second], alone)
     assert log_prob_gaps(first["merged"], alone["merged"]).mean() < 0.1
     # Each rank rounds its own half of o_proj's input to int8, with a scale of its own: equal up to W8A8's error, so
     # that a near-tie ends the equality of tokens now and then (measured: mean gap 0.03, 5 of 6 tokens come before it).
@@ -150,7 +152,7 @@ def test_data_and_expert_parallel_equals_one_rank_whatever_the_load(folder: Path
             assert tokens_of(merged) == tokens_of(alone["sampled"][0])
             # Exact but for batches of up to 4 sequences, whose unquantized layers take another kernel.
             assert np.median(log_prob_gaps(merged, alone["sampled"][0])) == 0
-    _check_survival(ranks, alone)
+    _check_merge(ranks, alone)
     for kind in ("greedy", "noise", "merged"):
         merged = _merged([rank[kind] for rank in ranks])
         assert tokens_of(merged) == tokens_of(alone[kind])

@@ -112,6 +112,34 @@ def test_int4_with_zero_points_is_dequantized(
         assert torch.equal(loaded[name], plan.reader.weight(name, torch.bfloat16))
 
 
+@pytest.mark.parametrize("format", ["w8a8", "nvfp4"])
+def test_a_float_checkpoint_is_rounded_as_quantize_writes_it(
+    stored: Callable[..., Path], tiny_checkpoint: Callable[..., Path], format: str
+) -> None:
+    plan = LoadPlan(tiny_checkpoint("qwen3_moe", "bfloat16", layers=2), "cpu", quantize_to=format)
+    twin = LoadPlan(stored(format), "cpu")
+    assert plan.quantization_config() == twin.quantization_config()
+    assert plan.line() == twin.line()
+    assert plan.names() == twin.names()
+    for name, tensor in local_tensors(twin, frozenset()):
+        weight = name.partition(".weight")[0] + ".weight"
+        assert torch.equal(plan.tensors(weight)[name], tensor)
+        format_of_it = twin.engine_format(weight)
+        if format_of_it and name == weight:
+            rows, columns = slice(8, 24), slice(32, 64)
+            part = plan.parts(weight, rows, columns)
+            whole = format_of_it.dequantize(twin.parts(weight))[rows, columns]
+            assert torch.equal(format_of_it.dequantize(part), whole)
+        elif not format_of_it and twin.stored_format(weight):
+            # Of groups of 16, which this begins and ends within.
+            assert torch.equal(twin.floats(weight, slice(8, 24), slice(20, 50)), tensor[8:24, 20:50])
+
+
+def test_what_is_quantized_already_is_not_rounded_again(stored: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="checkpoint in bfloat16 or float32"):
+        LoadPlan(stored("w8a8"), "cpu", quantize_to="w4a16")
+
+
 def test_foreign_modules_are_not_read(stored: Callable[..., Path]) -> None:
     plan = LoadPlan(stored("w4a16", group_size=32), "cpu")
     names = {name.removesuffix(".weight") for name in plan.names()}

@@ -169,7 +169,7 @@ def test_small_updates_survive_in_the_engines_weights(seen: dict[str, Any], name
 
 def test_adapters_that_fit_no_weight_are_refused_and_change_nothing(seen: dict[str, Any]) -> None:
     assert FUSED in seen["error shape"]
-    assert "v_proj, which has 64 rows of 128" in seen["error shape"]
+    assert f"needs 256 rows of {LORA.rank}" in seen["error shape"]
     assert "missing" in seen["error names"]
     assert seen["w8a8", "merged away"] == seen["w8a8", "clean"]
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from qerl_rl.config.schema import (
+    AlgorithmConfig,
     CheckpointConfig,
     ClusterConfig,
     Config,
@@ -60,7 +61,13 @@ def make_checkpoints(folder: Path) -> dict[str, str]:
 
 
 def make_config(
-    paths: dict[str, str], *, quant: str = "w8a8", workers: int = 1, rank: int = 4, **train: object
+    paths: dict[str, str],
+    *,
+    quant: str = "w8a8",
+    workers: int = 1,
+    rank: int = 4,
+    kl_coefficient: float = 0.0,
+    **train: object,
 ) -> Config:
     """Keywords beyond those named are train.*; `rank` is lora.rank."""
     settings = {"device": "cpu", "micro_batch_tokens": 80, "learning_rate": 3e-3, "recompute": "none", **train}
@@ -69,6 +76,7 @@ def make_config(
         model=ModelConfig(path=paths[quant], max_length=128),
         quant=QuantConfig(format=quant),
         lora=LoraConfig(rank=rank, alpha=8.0),
+        algorithm=AlgorithmConfig(kl_coefficient=kl_coefficient),
         train=TrainConfig(**settings),  # type: ignore[arg-type]
         rollout=RolloutConfig(temperature=0.9),
         checkpoint=CheckpointConfig(keep=2),

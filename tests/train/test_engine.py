@@ -112,7 +112,7 @@ def train_alone(paths: dict[str, str]) -> dict:
     found["sequence_sum_constant"] = engine.update(samples, policy_gradient, aggregation="sequence_sum_constant")
     found["rates"] = [engine.update(samples, policy_gradient)["learning_rate"] for _ in range(3)]
     found["trained"] = engine.log_probs(samples)
-    found["reference"] = engine.log_probs(samples, adapters=False)
+    found["reference"] = engine.log_probs(samples, reference=True)
     found["errors"] = [
         _error(engine, samples.select([]), policy_gradient),
         _error(engine, Samples([np.arange(4)], [0]), policy_gradient),
@@ -221,15 +221,3 @@ def test_bfloat16_training_follows_float32(one_rank, two_ranks, checkpoints):
             # bfloat16 keeps 8 bits: 2^-8 per rounding, and some routing near-ties fall the other way.
             assert update["loss"] == pytest.approx(expected["loss"], abs=0.05)
             assert update["log_prob"] == pytest.approx(expected["log_prob"], rel=0.02)
-
-
-def reference_without_adapters(paths: dict[str, str]) -> str:
-    try:
-        start_engine(make_config(paths, quant="none", rank=0)).log_probs(make_samples(), adapters=False)
-    except ValueError as error:
-        return str(error)
-    return "none"
-
-
-def test_a_model_trained_whole_has_no_reference_to_give(one_rank, checkpoints):
-    assert "lora.rank=0" in one_rank(reference_without_adapters, checkpoints)[0]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import CheckpointConfig, SwapConfig
+from qerl_rl.platform.state_store import SpillFile
 from qerl_rl.train import checkpoint
-from qerl_rl.train.offload import SpillFile
 from tests.train.models import make_config, make_samples, policy_gradient, share, start_engine
 
 LAYOUTS = {
@@ -119,10 +119,12 @@ def resident_bytes(paths: dict[str, str], folder: str) -> dict:
     engine.update(make_samples(), policy_gradient)
     engine.offload()
     engine.onload()
+    engine.finish_moves()
     before = psutil.Process().memory_info().rss
     freed = sum(engine.offload().values())
     after = psutil.Process().memory_info().rss
     engine.onload()
+    engine.finish_moves()
     return {"freed": freed, "fell": before - after, "returned": psutil.Process().memory_info().rss - after}
 
 

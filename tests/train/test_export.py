@@ -27,7 +27,7 @@ def train_and_export(paths: dict[str, str], layout: dict, folder: str) -> dict:
     for _ in range(4):
         engine.update(own, policy_gradient)
     engine.export(folder)
-    trained, base = engine.log_probs(own), engine.log_probs(own, adapters=False)
+    trained, base = engine.log_probs(own), engine.log_probs(own, reference=True)
     return {
         "data_parallel_rank": engine.data_parallel_rank,
         "trained": trained and np.concatenate(trained.log_probs),

@@ -16,7 +16,7 @@ from qerl_rl.algorithms.losses import clipped_value_loss
 from qerl_rl.algorithms.sequences import AGGREGATIONS
 from qerl_rl.config.schema import Config, CriticConfig, RewardModelConfig
 from qerl_rl.platform import detect, prepare_megatron
-from qerl_rl.train.offload import SpillFile
+from qerl_rl.platform.state_store import SpillFile
 from qerl_rl.train.value_engine import RewardModelEngine, ValueEngine
 from tests.ranks import fresh_world
 from tests.train.models import make_config, make_samples, policy_gradient, share, start_engine

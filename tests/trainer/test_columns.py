@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from qerl_rl.config.schema import Config, ModelConfig, RouterReplayConfig
-from trainer.columns import CARRIED, DAPO, GRPO, PPO, column_types, with_routing
+from qerl_rl.config.schema import AlgorithmConfig, Config, LoraConfig, ModelConfig, RouterReplayConfig
+from trainer.columns import CARRIED, DAPO, GRPO, PPO, column_types, stages_of, with_routing
 
 
 @pytest.mark.parametrize("stages", [GRPO, DAPO, PPO], ids=["grpo", "dapo", "ppo"])
@@ -30,3 +30,19 @@ def test_experts_are_numbered_in_a_byte_while_they_fit(tmp_path, tiny_checkpoint
     run = Config(model=ModelConfig(path=str(tmp_path)), router_replay=RouterReplayConfig(mode="R3"))
     names = [name for name in column_types(run) if name.endswith("routed_experts")]
     assert {column_types(run)[name] for name in names} == {kind}
+
+
+@pytest.mark.parametrize(
+    ("keys", "reads"),
+    [
+        ({"lora": LoraConfig(rank=16)}, True),
+        ({"lora": LoraConfig(rank=0)}, False),
+        ({"lora": LoraConfig(rank=0), "algorithm": AlgorithmConfig(kl_coefficient=0.1)}, True),
+    ],
+    ids=["adapters", "everything", "everything with a KL"],
+)
+def test_reference_log_probs_are_a_column_where_there_is_a_reference(keys, reads):
+    """Nobody would write them where every weight trains and nothing learns from a KL."""
+    stages = stages_of(Config(**keys), GRPO)
+    for stage in ("advantages", "update"):
+        assert set(GRPO[stage]) - set(stages[stage]) == (set() if reads else {"reference_log_probs"})

@@ -157,6 +157,17 @@ def test_changed_keys_that_make_another_run_are_refused_by_name(run_folder, caps
     assert "(command line)" in message
 
 
+def test_where_every_weight_trains_the_layout_stays(run_folder, tiny_checkpoint, capsys):
+    whole = ["lora.rank=0", f"model.path={tiny_checkpoint('qwen3_moe')}", f"run.output_dir={run_folder}/whole"]
+    plan = resumed(run_folder, "never", *whole)
+    write_checkpoint(run_folder / "whole" / "checkpoints", 4, state_of(plan))
+    assert resumed(run_folder, "auto", *whole).resume.step == 4
+    for key, then, now in (("train.expert_parallel", 1, 2), ("train.dtype", "float32", "bfloat16")):
+        message = refusal(run_folder, capsys, "auto", *whole, f"{key}={now}")
+        assert f"{key}={now}, but the checkpoint" in message
+        assert f"set {key} back to {then}" in message
+
+
 @pytest.mark.parametrize(
     "key", ["algorithm.samples_per_prompt", "algorithm.prompts_per_step", "rollout.max_response_tokens"]
 )

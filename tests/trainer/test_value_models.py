@@ -64,6 +64,16 @@ def test_models_that_can_not_sit_beside_the_policy(folders, capsys, key, model, 
     assert message.count("\n") == 1
 
 
+def test_a_critic_of_which_every_weight_trains_is_not_quantized(folders, capsys):
+    whole = [*PPO, "lora.rank=0", f"model.path={folders['no head']}"]
+    assert dry_run(folders, "critic.path", "no head", whole) == 0
+    capsys.readouterr()
+    assert dry_run(folders, "critic.path", "policy", whole) == 2
+    message = capsys.readouterr().err
+    assert "holds w8a8, but with lora.rank=0 all weights of the critic train" in message
+    assert "set critic.path to a checkpoint in bfloat16 or float32" in message
+
+
 @pytest.mark.parametrize(
     ("key", "model", "overrides"),
     [("critic.path", "judge", PPO), ("critic.path", "no head", PPO), ("reward_model.path", "judge", JUDGE)],

@@ -83,7 +83,17 @@ def test_the_dry_run_of_dpo_names_no_rollout_unless_it_evaluates(launch_file, ca
         (f"{DPO} dpo.loss=simpo", "dpo.loss=simpo is unknown", "dpo or ipo or cdpo"),
         (f"{DPO} dpo.beta=0", "dpo.beta=0.0 is not positive", "set dpo.beta above 0"),
         (f"{DPO} dpo.flip_probability=0.5", "dpo.flip_probability=0.5", "below 0.5"),
-        (f"{DPO} lora.rank=0", "lora.rank=0 is too small", "set lora.rank to 1 or more"),
+        ("lora.rank=-1", "lora.rank=-1 is too small", "set lora.rank to 0 or more"),
+        ("lora.rank=0", "lora.rank=0 trains every weight", "checkpoint in bfloat16 or float32, or lora.rank above 0"),
+        (f"{DPO} lora.rank=0", "lora.rank=0 trains every weight", "set model.path to the checkpoint in bfloat16"),
+        ("lora.rank=0 lora.in_rollout=merge", "lora.in_rollout=merge, but", "set lora.in_rollout to auto"),
+        ("lora.rank=0 lora.merge_rounding=nearest", "lora.merge_rounding=nearest, but", "rounding to stochastic"),
+        ("quant.group_size=32", "the checkpoint says which groups it has", "set quant.group_size to 0"),
+        (
+            "lora.rank=0 quant.format=none quant.group_size=32",
+            "quant.format=none has no scales",
+            "quant.group_size to 0",
+        ),
         (f"{DPO} rollout.temperature=0.7", "rollout.temperature=0.7", "set rollout.temperature to 1"),
         (f"{DPO} algorithm.kl_coefficient=0.1", "algorithm.kl_coefficient=0.1", "dpo.beta"),
         (f"{DPO} noise.enabled=true", "noise.enabled=true", "set noise.enabled to false"),
@@ -133,6 +143,34 @@ def test_a_layout_that_cuts_weights_of_one_scale_apart_names_the_group(
     assert "w4a16 in groups of 64" in message
     assert "set train.expert_tensor_parallel to 1" in message
     assert "command line" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem", "fix"),
+    [
+        ("quant.format=w8a8", "", ""),
+        ("quant.format=none", "", ""),
+        ("quant.format=w4a16 quant.group_size=32", "", ""),
+        (f"{DPO} quant.format=w4a16", "", ""),
+        ("quant.format=w4a16", "rows of 64 weights can't be cut", "set quant.group_size smaller"),
+        ("quant.format=w8a8 quant.group_size=32", "w8a8 has no groups of 32", "set the group size to -1"),
+        (
+            "quant.format=w4a16 quant.group_size=64 train.tensor_parallel=2 train.expert_tensor_parallel=2",
+            "train.expert_tensor_parallel=2 cuts the 64 columns",
+            "set train.expert_tensor_parallel to 1, or set quant.group_size smaller",
+        ),
+    ],
+)
+def test_what_trains_whole_must_fit_the_groups_of_the_engines_format(
+    launch_file, tiny_checkpoint, capsys, overrides, problem, fix
+):
+    """A float checkpoint does; dpo without evaluations has no engine."""
+    model = f"model.path={tiny_checkpoint('qwen3_moe')}"
+    arguments = ["--config", str(launch_file), "--dry-run", model, "lora.rank=0", *overrides.split()]
+    assert launch.main(arguments) == (2 if problem else 0)
+    message = " ".join(capsys.readouterr().err.split())
+    assert problem in message
+    assert fix in message
 
 
 def test_a_prompt_over_the_limit_names_its_line(launch_file, tmp_path, capsys):

@@ -1,0 +1,87 @@
+"""A module of a live vLLM model gets other weights: in the shape that they were loaded in, packed anew, in place.
+
+Kernels keep weights in layouts of their own, some as nothing but an address. vLLM's layerwise reload takes a module
+back to what it was before its kernels packed it, packs it once more, and copies the outcome into the tensors that the
+kernels hold already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def packed_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The modules of vLLM's model by their paths, as the names of their parameters have them in any version.
+
+    Routed experts are a module of their own in newer ones.
+    """
+    return {path.removesuffix(".routed_experts"): module for path, module in model.named_modules()}
+
+
+def unpacked_parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What this module's parameters were before they were packed, as meta tensors.
+
+    Only a bias is itself, if it has one: vLLM changes it in place.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    parameters = dict(get_layerwise_info(module).restore_metadata[0])
+    bias = getattr(module, "bias", None)
+    return parameters | ({"bias": bias} if isinstance(bias, torch.Tensor) else {})
+
+
+@torch.no_grad()
+def repack(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give `module` these parameters, of the names and shapes of `unpacked_parameters`, and let its kernels pack them.
+
+    What a checkpoint holds once a matrix may come once a row [..., N, 1]. What is missing (the shape that int4 weights
+    carry beside them) stays as it is.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    expected = unpacked_parameters(module)
+    kept = {name: getattr(module, name).clone() for name in expected.keys() - tensors.keys()}
+    if hasattr(module.quant_method, "moe_kernel"):
+        # With a kernel in place, unquantized experts would take their weights for packed already.
+        module.quant_method.moe_kernel = None
+    # The loaders that came with the model take full tensors, of which they cut out the rank's part.
+    for name, parameter in expected.items():
+        if name != "bias":
+            parameter.weight_loader = _take
+    with set_current_vllm_config(vllm_config), set_default_torch_dtype(vllm_config.model_config.dtype):
+        if "bias" in tensors:
+            module.bias.data.copy_(tensors["bias"])
+        initialize_layerwise_reload(module)
+        for name, tensor in {**kept, **tensors}.items():
+            if name != "bias":
+                parameter = getattr(module, name)
+                parameter.weight_loader(parameter, once_a_matrix(tensor, parameter))
+        finalize_layerwise_reload(module, vllm_config.model_config)
+
+
+def once_a_matrix(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the shape of `parameter`: numbers [..., N, 1] that are the same for all rows become one a matrix.
+
+    The parameter has one for each of those that are fused in it ([3] of q, k and v; [E, 2] of gate and up).
+    """
+    if tensor.shape == parameter.shape:
+        return tensor
+    value = tensor[..., 0, :]
+    return value.expand(parameter.shape) if value.dim() == parameter.dim() else value.flatten()
+
+
+def _take(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
+    """A weight loader for what is the rank's part already.
+
+    vLLM calls it on a meta tensor first, to count what is copied, and then on an empty tensor that has yet to take up
+    memory: it need not, where the new weight is what it is to become.
+    """
+    if param.is_meta or param.dtype != loaded_weight.dtype:
+        param.data.copy_(loaded_weight)
+    else:
+        param.data = loaded_weight
