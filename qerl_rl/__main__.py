@@ -1,4 +1,4 @@
-"""`python -m qerl_rl COMMAND`: builds models, stores one in fewer bits, checks one, plans a swap, checks the machine."""
+"""`python -m qerl_rl COMMAND`: builds models, stores one in fewer bits, checks one or the machine, plans a swap."""
 
 from __future__ import annotations
 

@@ -120,15 +120,10 @@ def objective(draft: Draft) -> None:
 
 
 def adapters(draft: Draft) -> None:
-    """LoRA as they set it; without it theirs train every weight, which is not done here."""
+    """LoRA as they set it; without it every weight trains, there as here."""
     targets = draft.source.typed(ACTOR, "lora_target_modules", list)
     if not targets:
-        sentence = (
-            "the base stays as it is and LoRA adapters train (lora.rank, lora.alpha); they learn at a higher rate"
-        )
-        draft.differs.append(
-            f"full-parameter training (no lora_target_modules): {sentence} than train.learning_rate here"
-        )
+        draft.put("lora.rank", 0, ACTOR, "lora_target_modules")
         return
     unknown = [target for target in targets if target not in _TARGETS]
     if unknown:
