@@ -57,7 +57,7 @@ def rewards(draft: Draft) -> None:
     if len(functions) != len(weights):
         draft.fault(RL, "verifier_weight", "write one weight for each of verifier_function", "reward.functions")
         return
-    draft.put("reward.functions", dict(zip(functions, weights, strict=True)), RL, "verifier_function")
+    draft.put("reward.functions", dict(zip(map(str, functions), weights, strict=True)), RL, "verifier_function")
 
 
 def environment(draft: Draft) -> None:

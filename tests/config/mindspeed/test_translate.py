@@ -1,10 +1,13 @@
 """Launch files of MindSpeed-RL say here what they say there, and what can't be done is named in their words."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qerl_rl.config.checks import check_config
 from qerl_rl.config.errors import ConfigError
@@ -275,6 +278,17 @@ def test_what_is_done_differently_and_what_has_no_effect_is_listed(load: Load) -
     described = translation.describe()
     assert "has no effect here: rl_config.{blocking}" in described
     assert all(sentence in described for sentence in translation.differs)
+
+
+PLACES = (tables.ACTOR, tables.RL, tables.GENERATE, tables.SAMPLING, tables.PROFILER)
+KEYS = [f"{place}.{key}" for place in PLACES for key in sorted(tables.known_keys(place))]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(KEYS), junk=st.sampled_from([[], {}, "x", -1, 0, True, 1.5, ["a"]]))
+def test_whatever_a_key_holds_nothing_but_an_error_with_a_fix_is_raised(load: Load, key: str, junk: object) -> None:
+    with contextlib.suppress(ConfigError):
+        load(with_keys({key: junk}))
 
 
 def test_tables_name_only_keys_that_exist_here() -> None:
