@@ -209,7 +209,8 @@ class DataConfig:
     train_path: str = ""
     """A .jsonl or .json file, one object a line; a .parquet, .arrow or .csv file; the name of a data set on the Hugging
     Face hub, such as openai/gsm8k; a function of yours, package.module.function, called with (this section, split);
-    or `arithmetic` for generated sums."""
+    the prefix of prompts that MindSpeed-RL has tokenized (PREFIX_packed_input_ids_document.bin and the rest); or
+    `arithmetic` for generated sums."""
     subset: str = ""
     """Configuration of a data set of the hub (`main` for openai/gsm8k); empty takes its default one."""
     split: str = "train"

@@ -10,6 +10,7 @@ import numpy as np
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import DataConfig
+from qerl_rl.data.packed import ANSWERS, TOKENS, is_packed, read_packed
 from qerl_rl.data.paths import read_records
 from qerl_rl.data.records import Record
 
@@ -80,10 +81,43 @@ def load_prompts(
     Raises: ConfigError with the line of the file when it can't be used, or a prompt that data.max_prompt_tokens doesn't
         leave out is longer than max_prompt_tokens.
     """
+    if is_packed(eval_path or data.train_path):
+        return _packed_prompts(eval_path or data.train_path, data, tokenizer, max_prompt_tokens)
     records = read_records(data, seed=seed, count_needed=count_needed, eval_path=eval_path, eval_split=eval_split)
     texts, token_lists, kept = tokenized(records, data, tokenizer, max_prompt_tokens=max_prompt_tokens)
     prompts = [Prompt(row, texts[row], token_lists[row], _answer(records[row], data)) for row in kept]
     return PromptSet(prompts, len(records) - len(kept))
+
+
+def _packed_prompts(prefix: str, data: DataConfig, tokenizer: Any, max_prompt_tokens: int) -> PromptSet:
+    """Prompts that are tokens already, with the chat template in them; rewards see them without special tokens."""
+    settled = {"chat_template": data.chat_template, "prompt_template": data.prompt_template}
+    settled |= {"instruction": data.instruction, "system_prompt": data.system_prompt}
+    for key, given in settled.items():
+        if given:
+            problem = f"data.{key} can't be put into {prefix}, whose prompts are tokens already."
+            raise ConfigError(problem, fix=f"leave data.{key} out, or give the data that these were made from")
+    documents, answers = read_packed(prefix, TOKENS), read_packed(prefix, ANSWERS)
+    if len(documents) != len(answers) or not documents:
+        problem = f"{prefix} has {len(documents)} prompts and {len(answers)} answers."
+        raise ConfigError(problem, fix="preprocess the data again")
+    documents = documents[: data.limit or None]
+    kept = [row for row, tokens in enumerate(documents) if len(tokens) <= (data.max_prompt_tokens or len(tokens))]
+    if not kept:
+        shortest = min(map(len, documents))
+        problem = f"data.max_prompt_tokens={data.max_prompt_tokens} leaves out every prompt of {len(documents)}."
+        raise ConfigError(problem, fix=f"set data.max_prompt_tokens to {shortest} or more")
+    _check_lengths(
+        [documents[row].tolist() for row in kept], [f"{prefix}, document {row + 1}" for row in kept], max_prompt_tokens
+    )
+
+    def text(tokens: np.ndarray) -> str:
+        return tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+
+    prompts = [
+        Prompt(row, text(documents[row]), documents[row].astype(np.int32), text(answers[row]).strip()) for row in kept
+    ]
+    return PromptSet(prompts, len(documents) - len(kept))
 
 
 def tokenized(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 import launch
+from qerl_rl.config.schema import Config
 from qerl_rl.layout.architecture import MoeArchitecture
 from trainer import ascend
 
@@ -137,3 +139,14 @@ def test_without_weights_only_a_dry_run_goes_on(stand_in: Callable, tmp_path: Pa
     recipe = str(CONFIGS / "grpo_qwen3_30b_a3b_8npu.yaml")
     assert launch.main(["--config", recipe, *overrides, *HERE.split()]) == 2
     assert "safetensors" in capsys.readouterr().err
+
+
+def test_the_documents_name_files_and_keys_that_exist() -> None:
+    for name in ("ascend.md", "mindspeed_rl.md"):
+        text = (CONFIGS.parent / "docs" / name).read_text()
+        for path in re.findall(r"--config (configs/\S+_(?:npu|cpu)\.yaml|configs/\S+npu\.yaml)", text):
+            assert (CONFIGS.parent / path).is_file(), path
+        keys = re.findall(r"(?<![\w.])([a-z]+)\.([a-z_]+)=", text)
+        unknown = [f"{section}.{key}" for section, key in keys if not hasattr(getattr(Config(), section), key)]
+        assert keys
+        assert unknown == []

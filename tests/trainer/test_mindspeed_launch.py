@@ -30,6 +30,7 @@ def launch_file(tmp_path: Path, tiny_w8a8) -> Path:
             "sequence_parallel": True,
             "lr": 1e-6,
             "lr_decay_style": "constant",
+            "lora_target_modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
             "load": "./tiny-tp2-pp1",
             "save": str(tmp_path / "run"),
         },
@@ -83,3 +84,11 @@ def test_without_raw_prompts_the_error_says_what_to_set(launch_file: Path, capsy
     assert "megatron_training.data_path=./data" in said
     assert "data.train_path=FILE" in said
     assert said.count("\n") == 1
+
+
+def test_a_quantized_model_trains_with_adapters_only(launch_file: Path, capsys) -> None:
+    overrides = ["data.train_path=arithmetic", "actor_config.lora_target_modules=null"]
+    assert launch.main(["--config", str(launch_file), "--dry-run", *overrides]) == 2
+    said = capsys.readouterr().err
+    assert "lora.rank=0 trains every weight" in said
+    assert "actor_config.lora_target_modules" in said

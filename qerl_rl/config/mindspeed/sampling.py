@@ -12,7 +12,7 @@ _BFLOAT16_BYTES = 2
 
 def engine(draft: Draft) -> None:
     """Engines, their experts, and how much they compute and keep at once."""
-    workers, tensor = draft.value("cluster.workers"), draft.count(GENERATE, "infer_tensor_parallel_size", 8)
+    workers, tensor = draft.value("cluster.workers"), max(draft.count(GENERATE, "infer_tensor_parallel_size", 8), 1)
     if workers:
         draft.put("rollout.data_parallel", max(workers // tensor, 1), GENERATE, "infer_tensor_parallel_size")
     parts = draft.count(GENERATE, "infer_expert_parallel_size", 1)
@@ -31,7 +31,7 @@ def engine(draft: Draft) -> None:
 def _cache(draft: Draft, tensor: int, longest: int) -> None:
     """Half of what gpu_memory_utilization gives an engine on a 64 GiB card, unless max_num_seqs can't fill that."""
     layers, groups = draft.count(ACTOR, "num_layers", 0), draft.count(ACTOR, "num_query_groups", 1)
-    heads = draft.count(ACTOR, "num_attention_heads", 1)
+    heads = max(draft.count(ACTOR, "num_attention_heads", 1), 1)
     width = draft.count(ACTOR, "kv_channels", draft.count(ACTOR, "hidden_size", 0) // heads)
     if not draft.switch(ACTOR, "group_query_attention"):
         groups = heads

@@ -9,6 +9,7 @@ import yaml
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.mindspeed.draft import Draft
 from qerl_rl.config.mindspeed.tables import ACTOR, CRITIC, PROFILER, RL
+from qerl_rl.data.packed import is_packed
 
 _TABLES = (".jsonl", ".json", ".parquet", ".arrow", ".csv")
 _ENVIRONMENT = "configs/envs/runtime_env.yaml"
@@ -35,13 +36,18 @@ def model(draft: Draft) -> None:
 
 
 def data(draft: Draft) -> None:
-    """Raw prompts: what their preprocess_data.py writes (PREFIX_packed_..._document.bin) is not read."""
-    path = draft.source.typed(ACTOR, "data_path", str, "")
-    if not path.endswith(_TABLES):
-        fix = "preprocessed data are not read; set data.train_path=FILE to what they were made from (`input` of"
-        fix += " configs/datasets/*.yaml), data.prompt_field and data.answer_field to its fields (`map_keys`)"
-        draft.fault(ACTOR, "data_path", fix, "data.train_path")
-    draft.put("data.train_path", path, ACTOR, "data_path")
+    """What their preprocess_data.py has written (PREFIX_packed_..._document.bin), or raw prompts; pairs only raw."""
+    path, raw = draft.source.typed(ACTOR, "data_path", str, ""), "data.train_path"
+    dpo = draft.value("algorithm.name") == "dpo"
+    if not path.endswith(_TABLES) and (dpo or not is_packed(path)):
+        problem = "preprocessed pairs are not read" if dpo else f"there is no {path}_packed_input_ids_document.idx"
+        fields = "data.chosen_field and data.rejected_field" if dpo else "data.answer_field"
+        fix = f"{problem}; set {raw}=FILE to what they were made from (`input` of configs/datasets/*.yaml),"
+        draft.fault(ACTOR, "data_path", f"{fix} data.prompt_field, {fields} to its fields (`map_keys`)", raw)
+    draft.put(raw, path, ACTOR, "data_path")
+    if not dpo:
+        # Theirs leave longer prompts out.
+        draft.put("data.max_prompt_tokens", draft.count(RL, "max_prompt_length", 512), RL, "max_prompt_length")
 
 
 def rewards(draft: Draft) -> None:
@@ -51,7 +57,7 @@ def rewards(draft: Draft) -> None:
     if len(functions) != len(weights):
         draft.fault(RL, "verifier_weight", "write one weight for each of verifier_function", "reward.functions")
         return
-    draft.put("reward.functions", dict(zip(functions, weights, strict=True)), RL, "verifier_function")
+    draft.put("reward.functions", dict(zip(map(str, functions), weights, strict=True)), RL, "verifier_function")
 
 
 def environment(draft: Draft) -> None:

@@ -7,7 +7,7 @@ only have the values that ask for nothing, NO_EFFECT and ARCHITECTURE are accept
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,11 @@ def _none_if_negative(value: Any) -> Any:
 
 def _choice(names: Mapping[Any, str]) -> Callable[[Any], Any]:
     """Their name for it -> ours; another name stays, and our own check answers it."""
-    return lambda value: names.get(value, value)
+    return lambda value: names.get(value, value) if isinstance(value, Hashable) else value
 
 
 def _inverse(value: Any) -> Any:
-    return not value
+    return not value if isinstance(value, bool) else value
 
 
 @dataclass(frozen=True)

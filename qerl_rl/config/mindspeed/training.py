@@ -81,8 +81,9 @@ def schedule(draft: Draft) -> None:
             fix = "set actor_config.lr_decay_style=constant: the learning rate does not fall here"
         draft.fault(ACTOR, "lr_decay_style", fix, "train.warmup_steps")
     share = draft.number(ACTOR, "lr_warmup_fraction", 0.0)
-    steps = draft.value("algorithm.prompts_per_step") // max(draft.value("algorithm.prompts_per_mini_batch") or 1, 1)
-    updates = draft.count(ACTOR, "train_iters", 0) * max(steps, 1) * draft.count(RL, "epochs", 1)
+    step = draft.value("algorithm.prompts_per_step")
+    mini_batches = step // max(draft.count(RL, "mini_batch_size", step), 1)
+    updates = draft.count(ACTOR, "train_iters", 0) * max(mini_batches, 1) * draft.count(RL, "epochs", 1)
     draft.put("train.warmup_steps", round(share * updates), ACTOR, "lr_warmup_fraction")
     if draft.source.has(CRITIC):
         share = draft.number(CRITIC, "lr_warmup_fraction", 0.0)
@@ -120,15 +121,10 @@ def objective(draft: Draft) -> None:
 
 
 def adapters(draft: Draft) -> None:
-    """LoRA as they set it; without it theirs train every weight, which is not done here."""
+    """LoRA as they set it; without it every weight trains, there as here."""
     targets = draft.source.typed(ACTOR, "lora_target_modules", list)
     if not targets:
-        sentence = (
-            "the base stays as it is and LoRA adapters train (lora.rank, lora.alpha); they learn at a higher rate"
-        )
-        draft.differs.append(
-            f"full-parameter training (no lora_target_modules): {sentence} than train.learning_rate here"
-        )
+        draft.put("lora.rank", 0, ACTOR, "lora_target_modules")
         return
     unknown = [target for target in targets if target not in _TARGETS]
     if unknown:

@@ -113,7 +113,7 @@ def translate(path: Path, tree: DictConfig, overrides: Sequence[str]) -> Transla
 
 
 def _algorithm(draft: Draft) -> None:
-    stage = draft.source.get(ACTOR, "stage")
+    stage = draft.source.typed(ACTOR, "stage", str)
     if stage not in STAGES:
         name = draft.source.name_of(ACTOR, "stage") or f"{TRAINING}.stage"
         raise ConfigError(

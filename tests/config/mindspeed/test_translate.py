@@ -1,9 +1,13 @@
 """Launch files of MindSpeed-RL say here what they say there, and what can't be done is named in their words."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qerl_rl.config.checks import check_config
 from qerl_rl.config.errors import ConfigError
@@ -97,6 +101,8 @@ MAPPINGS = [
         "algorithm.overlong_penalty",
         0.1,
     ),
+    # Longer ones are left out there.
+    ({}, "data.max_prompt_tokens", 24),
     ({"rl_config.verifier_parallel": 4}, "reward.workers", 4),
     ({"rl_config.verifier_timeout": 120}, "reward.timeout_s", 120.0),
     ({"rl_config.use_tensorboard": True}, "track.tensorboard", True),
@@ -128,6 +134,8 @@ MAPPINGS = [
     ({}, "rollout.top_k", 0),
     ({"generate_config.sampling_config.top_p": 0.9}, "rollout.top_p", 0.9),
     ({"generate_config.sampling_config.temperature": None}, "rollout.temperature", 0.2),
+    # Without adapters every weight trains.
+    ({"actor_config.lora_r": 64}, "lora.rank", 0),
     ({"actor_config.lora_target_modules": ["linear_qkv", "linear_proj"]}, "lora.experts", False),
     ({"actor_config.lora_target_modules": ["linear_fc1", "linear_fc2"]}, "lora.attention", False),
     ({"actor_config.lora_target_modules": ["linear_qkv"], "actor_config.lora_r": 64}, "lora.rank", 64),
@@ -247,6 +255,15 @@ def test_all_that_is_not_done_comes_in_one_error(load: Load) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_preprocessed_prompts_are_taken_as_they_are_and_pairs_are_not(load: Load, tmp_path: Path) -> None:
+    prefix = tmp_path / "data"
+    Path(f"{prefix}_packed_input_ids_document.idx").touch()
+    assert load(with_keys({"megatron_training.data_path": str(prefix)})).config.data.train_path == str(prefix)
+    training = {**grpo()["megatron_training"], **grpo()["actor_config"], "stage": "dpo", "data_path": str(prefix)}
+    with pytest.raises(ConfigError, match="preprocessed pairs are not read"):
+        load({"defaults": grpo()["defaults"], "megatron_training": training})
+
+
 def test_a_dense_model_is_named_and_another_folder_settles_it(load: Load) -> None:
     with pytest.raises(ConfigError, match=r"actor_config\.model=small_moe .*dense model"):
         load(grpo(), model={"num_experts": None})
@@ -255,13 +272,23 @@ def test_a_dense_model_is_named_and_another_folder_settles_it(load: Load) -> Non
 
 def test_what_is_done_differently_and_what_has_no_effect_is_listed(load: Load) -> None:
     translation = load(with_keys({"actor_config.load": "./ckpt"})).translation
-    assert any("full-parameter training" in sentence for sentence in translation.differs)
     assert any("actor_config.load=./ckpt" in item and "model.path=FOLDER" in item for item in translation.differs)
     assert {"megatron_training.use_flash_attn", "rl_config.blocking"} <= set(translation.no_effect)
     assert "model.small_moe.hidden_size" in translation.architecture
     described = translation.describe()
     assert "has no effect here: rl_config.{blocking}" in described
     assert all(sentence in described for sentence in translation.differs)
+
+
+PLACES = (tables.ACTOR, tables.RL, tables.GENERATE, tables.SAMPLING, tables.PROFILER)
+KEYS = [f"{place}.{key}" for place in PLACES for key in sorted(tables.known_keys(place))]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(KEYS), junk=st.sampled_from([[], {}, "x", -1, 0, True, 1.5, ["a"]]))
+def test_whatever_a_key_holds_nothing_but_an_error_with_a_fix_is_raised(load: Load, key: str, junk: object) -> None:
+    with contextlib.suppress(ConfigError):
+        load(with_keys({key: junk}))
 
 
 def test_tables_name_only_keys_that_exist_here() -> None:
