@@ -44,7 +44,7 @@ def test_noise_is_that_of_the_host_up_to_float32(interpreted: tuple, number: int
     found = interpreted[0][number]
     expected = normal_numbers(seed, stream, step, int(np.prod(shape))).reshape(shape)
     # The angle is rounded when it becomes a float (2^-25 of a turn) and when it is multiplied (2^-24). The radius,
-    # below 9, is off by a relative 2^-22: where the logarithm takes over from its series, at 2^-6, its argument by 2^-25.
+    # below 9, is off by a relative 2^-22: where the logarithm takes over from its series, at 2^-6, by 2^-25.
     assert np.abs(found.numpy() - expected).max() < 9 * (2 * np.pi * 1.5 * 2**-24 + 2**-22)
 
 
