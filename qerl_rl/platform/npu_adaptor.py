@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qerl_rl.platform.cpu_adaptor import replace
+from qerl_rl.platform.cpu_adaptor import existing, replace
 from qerl_rl.platform.ops import rotary
 
 
@@ -15,7 +15,14 @@ def apply() -> None:
     """Apply everything; see `prepare_megatron`. Raises: PatchError when Megatron lacks what a patch replaces."""
     importlib.import_module("torch_npu.contrib.transfer_to_npu")
     importlib.import_module("mindspeed.megatron_adaptor")
+    device_capability()
     fused_rotary()
+
+
+def device_capability() -> None:
+    """torch's broadcast compares the capability of CUDA cards, and an NPU has none (None): a TypeError."""
+    original = existing(torch.cuda, "get_device_capability")
+    replace(torch.cuda, "get_device_capability", lambda device=None: original(device) or (0, 0))
 
 
 def fused_rotary() -> None:

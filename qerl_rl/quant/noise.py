@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from qerl_rl.config.schema import NoiseConfig
-from qerl_rl.platform.ops import add_noise
+from qerl_rl.platform.ops import add_noise, normal_numbers
 
 SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
     "exponential": lambda start, end, progress: start * (end / start) ** progress if start else 0.0,
@@ -61,7 +61,7 @@ class Noise:
         With exempt_router, no element loses more than half of itself, so that `router_correction` stays finite.
         """
         exact = clean.float()
-        noisy = add_noise(clean, gaussian(self.seed, self.step, name, tuple(clean.shape)), self.sigma)
+        noisy = add_noise(clean, self.seed, _stream(name), self.step, self.sigma)
         if self.exempt_router:
             noisy = torch.where(noisy.abs() < exact.abs() / 2, exact, noisy)
         return noisy
@@ -73,18 +73,10 @@ class Noise:
 
 
 def gaussian(seed: int, step: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal numbers, numpy float32 of `shape`; a longer shape begins with the numbers of a shorter one.
+    """The numbers of `Noise.on`: numpy float32 of `shape`; a longer shape begins with the numbers of a shorter one."""
+    return normal_numbers(seed, _stream(name), step, math.prod(shape)).reshape(shape)
 
-    Philox is keyed by the seed and the SHA-256 of the name, and its counter starts at the step; Box-Muller turns each
-    pair of its words into one number (numpy promises the same raw words in every version, but not the same normals).
-    """
-    count = math.prod(shape)
-    name_key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    bits = np.random.Philox(
-        key=np.array([seed % 2**64, name_key], dtype=np.uint64), counter=np.array([0, 0, 0, step], dtype=np.uint64)
-    )
-    words = bits.random_raw(2 * count).reshape(count, 2)
-    # 53 bits make a float64 in [0, 1); one minus it is never 0, which log needs.
-    uniform = (words >> np.uint64(11)) * 2.0**-53
-    normal = np.sqrt(-2.0 * np.log1p(-uniform[:, 0])) * np.cos(2.0 * np.pi * uniform[:, 1])
-    return normal.astype(np.float32).reshape(shape)
+
+def _stream(name: str) -> int:
+    """The 64 bits that a parameter's name stands for."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

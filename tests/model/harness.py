@@ -19,9 +19,9 @@ LENGTHS = [7, 1, 22, 12, 6]
 """Tokens of the packed sequences: 48 together, which two tensor-parallel ranks can halve."""
 
 
-def start(train: TrainConfig) -> None:
+def start(train: TrainConfig, device: str = "cpu") -> None:
     """Process group and Megatron's groups for `train`, in place of those of another layout."""
-    prepare_megatron(detect("cpu"))
+    prepare_megatron(detect(device))
     from megatron.core import parallel_state
 
     from qerl_rl.model.parallel import current_sizes, initialize_parallel, parallel_sizes
@@ -67,16 +67,16 @@ def sequences(vocabulary_size: int, lengths: list[int] | None = None) -> list[to
     return [torch.randint(1, vocabulary_size, (length,), generator=generator) for length in lengths or LENGTHS]
 
 
-def packed(tokens: list[torch.Tensor]) -> dict[str, Any]:
+def packed(tokens: list[torch.Tensor], device: torch.device | str = "cpu") -> dict[str, Any]:
     """Arguments of GPTModel for packed sequences."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     lengths = [len(sequence) for sequence in tokens]
-    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    starts = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
     longest = max(lengths)
     return {
-        "input_ids": torch.cat(tokens)[None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "input_ids": torch.cat(tokens)[None].to(device),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
         "attention_mask": None,
         "packed_seq_params": PackedSeqParams(
             qkv_format="thd",
@@ -92,7 +92,7 @@ def loss_and_gradients(loaded: Loaded, tokens: list[torch.Tensor]) -> float:
     """Sum of the next-token losses through Megatron's schedule, its gradients in `.grad`; 0.0 off the last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    arguments = packed(tokens)
+    arguments = packed(tokens, next(loaded.model.parameters()).device)
     labels = arguments["input_ids"].roll(-1, 1)
 
     def forward(batches: Any, model: Any) -> Any:

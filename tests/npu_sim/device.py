@@ -117,14 +117,22 @@ def install() -> None:
                 library.impl(name, operator.decompose, "PrivateUse1", allow_override=True)
 
 
-def _operators(key: str) -> list[tuple[str, Any]]:
-    """(name with overload, operator) of aten's that torch_npu registered for a dispatch key."""
+def install_collectives() -> None:
+    """Give collectives on simulated tensors to the group's CPU backend (gloo), on views of their memory."""
+    library = torch.library.Library("c10d", "IMPL")
+    _kept.append(library)
+    for name, operator in _operators("PrivateUse1", "c10d"):
+        library.impl(name, kernel(operator), "PrivateUse1", allow_override=True)
+
+
+def _operators(key: str, of: str = "aten") -> list[tuple[str, Any]]:
+    """(name with overload, operator) of the namespace `of` that torch_npu registered for a dispatch key."""
     found = []
     for qualified in torch._C._dispatch_get_registrations_for_dispatch_key(key):
         namespace, name = qualified.split("::")
         base, _, overload = name.partition(".")
-        operator = getattr(getattr(torch.ops.aten, base, None), overload or "default", None)
-        if namespace == "aten" and operator is not None:
+        operator = getattr(getattr(getattr(torch.ops, of), base, None), overload or "default", None)
+        if namespace == of and operator is not None:
             found.append((name, operator))
     return found
 

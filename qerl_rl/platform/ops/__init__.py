@@ -1,9 +1,9 @@
 """Operators that Ascend has a fused kernel for: each one function, with its torch reference and its torch_npu call.
 
-The device of the tensors chooses: npu takes the kernel, every other device the reference. torch_npu is never imported
-here, since whoever has a tensor on an NPU has imported it. Meta kernels of torch_npu, and some real ones, accept wrong
-shapes, so that each function checks what it is given. Where torch_npu has no gradient of its own, an autograd function
-around forward and backward calls is here.
+The device of the tensors chooses: npu takes the kernel, every other device the reference (cuda a Triton kernel where
+`triton_kernels` has one). torch_npu is never imported here, since whoever has a tensor on an NPU has imported it. Meta
+kernels of torch_npu, and some real ones, accept wrong shapes, so that each function checks what it is given. Where
+torch_npu has no gradient of its own, an autograd function around forward and backward calls is here.
 
 What is called where: `torch_modules` normalizes and attends by `rms_norm` and `packed_attention`, the experts use
 `weighted_swiglu` and (on an NPU) `grouped_matmul`, `npu_adaptor` gives Megatron `rotary`, `quant.noise` adds by
@@ -16,7 +16,7 @@ from qerl_rl.platform.ops.checks import on_npu
 from qerl_rl.platform.ops.format_cast import to_fractal_nz
 from qerl_rl.platform.ops.gating import gating_top_k_softmax
 from qerl_rl.platform.ops.grouped_matmul import grouped_matmul
-from qerl_rl.platform.ops.noise import add_noise
+from qerl_rl.platform.ops.noise import add_noise, normal_numbers
 from qerl_rl.platform.ops.norm import rms_norm
 from qerl_rl.platform.ops.permute import token_permute, token_unpermute
 from qerl_rl.platform.ops.quantize import dynamic_quantize, pack_int4, unpack_int4
@@ -30,6 +30,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_matmul_int4",
     "grouped_matmul_int8",
+    "normal_numbers",
     "on_npu",
     "pack_int4",
     "packed_attention",

@@ -61,7 +61,9 @@ def packed_attention(
 @functools.lru_cache(maxsize=1)
 def _hidden_positions(device: torch.device) -> torch.Tensor:
     """[2048, 2048] bool, True where a key must not be seen."""
-    return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device).triu(1)
+    # Kept for all calls: one that is made without gradients must not forbid those with.
+    with torch.inference_mode(False):
+        return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device).triu(1)
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int]) -> None:

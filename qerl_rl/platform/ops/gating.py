@@ -32,6 +32,10 @@ class _GatingTopKSoftmax(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         if on_npu(logits) and len(logits):
             chosen, experts, _ = torch.ops.npu.npu_moe_gating_top_k_softmax(logits, None, k)
+        elif logits.device.type == "cuda":
+            from qerl_rl.platform.triton_kernels import gating
+
+            chosen, experts = gating.gating_top_k_softmax(logits, k)
         else:
             largest, experts = _softmax(logits).topk(k, -1)
             chosen, experts = largest.to(logits.dtype), experts.int()

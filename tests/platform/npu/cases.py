@@ -149,6 +149,7 @@ CASES: dict[str, Case] = {
     "gating_top_k_softmax": lambda make: ops.gating_top_k_softmax(make.leaf(TOKENS, EXPERTS, dtype=FLOAT32), CHOSEN),
     "dynamic_quantize": lambda make: ops.dynamic_quantize(make.floats(TOKENS, HIDDEN, dtype=BFLOAT16)),
     "pack_int4": lambda make: ops.pack_int4(make.integers(-8, 8, EXPERTS, HIDDEN, WIDTH, dtype=INT32)),
+    "add_noise": lambda make: ops.add_noise(make.floats(HIDDEN, dtype=BFLOAT16), 1, 2, 3, 0.1),
     "to_fractal_nz": lambda make: ops.to_fractal_nz(make.floats(EXPERTS, HIDDEN, WIDTH)),
     "experts, float": _experts("float"),
     "experts, w8a8": _experts("w8a8"),

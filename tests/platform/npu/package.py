@@ -134,19 +134,25 @@ def _move(made: Path, folder: Path) -> None:
             raise
 
 
-def run_program(module: str) -> Any:
-    """What `python -m module` printed last, as JSON, in a process that can `import torch_npu` (after torch).
-
-    Raises: RuntimeError with what it wrote when it fails.
-    """
-    environment = os.environ | {
+def environment() -> dict[str, str]:
+    """What a process must be started with to `import torch_npu` (after torch)."""
+    return {
         "LD_LIBRARY_PATH": str(stubs()),
         "PYTHONPATH": f"{installed() / 'site'}:{REPOSITORY}",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def run_program(module: str) -> Any:
+    """What `python -m module` printed last, as JSON, in a process with that `environment`.
+
+    Raises: RuntimeError with what it wrote when it fails.
+    """
     program = [sys.executable, "-m", module]
-    done = subprocess.run(program, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        program, env=os.environ | environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
     if done.returncode:
         raise RuntimeError(f"{module} ended with {done.returncode}:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -15,6 +15,7 @@ from qerl_rl.platform.ops import (
     grouped_matmul,
     grouped_matmul_int4,
     grouped_matmul_int8,
+    normal_numbers,
     pack_int4,
     to_fractal_nz,
     token_permute,
@@ -167,10 +168,10 @@ def test_gradients_of_permutation_are_the_numerical_ones() -> None:
 
 
 def test_noise_is_added_in_float32() -> None:
-    clean = _random(9, seed=1, dtype=torch.bfloat16)
-    numbers = _random(9, seed=2, dtype=torch.float32).numpy()
+    clean = _random(3, 3, seed=1, dtype=torch.bfloat16)
+    numbers = normal_numbers(7, 11, 13, 9).reshape(3, 3)
     expected = clean.float().numpy() + np.float32(0.01) * numbers
-    assert np.array_equal(add_noise(clean, numbers, 0.01).numpy(), expected)
+    assert np.array_equal(add_noise(clean, 7, 11, 13, 0.01).numpy(), expected)
 
 
 def test_memory_format_is_left_alone_elsewhere() -> None:
