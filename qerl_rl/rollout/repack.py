@@ -81,7 +81,7 @@ def _take(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
     vLLM calls it on a meta tensor first, to count what is copied, and then on an empty tensor that has yet to take up
     memory: it need not, where the new weight is what it is to become.
     """
-    if param.is_meta or param.dtype != loaded_weight.dtype:
+    if param.is_meta or (param.dtype, param.device) != (loaded_weight.dtype, loaded_weight.device):
         param.data.copy_(loaded_weight)
     else:
         param.data = loaded_weight

@@ -50,8 +50,10 @@ class WeightTarget:
         self._missing: set[str] = set()
 
     def begin(self) -> None:
-        """An update begins."""
+        """An update begins; what one that failed has left is forgotten."""
         self._missing = set(self._modules)
+        for place in dict.fromkeys(self._modules.values()):
+            place.begin()
 
     @property
     def locals(self) -> dict[str, tuple[int, ...]]:
@@ -108,6 +110,9 @@ class _InPlace:
         head = getattr(model, "lm_head", None)
         self._packs = head if head is not None and getattr(head, "weight", None) is module.weight else None
 
+    def begin(self) -> None:
+        """Nothing is kept."""
+
     def write(self, local: str) -> torch.Tensor:
         return self._module.weight.data
 
@@ -138,6 +143,10 @@ class _Packed:
                 self.locals |= self._parts(kind)
             elif not found:
                 self.locals[f"{self._path}.{name}"] = tuple(parameter.shape), vllm_config.model_config.dtype
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing has arrived yet."""
         self._staged: dict[str, torch.Tensor] = {}
         self._waiting = set(self.locals)
 
@@ -154,14 +163,14 @@ class _Packed:
     def write(self, local: str) -> torch.Tensor:
         if local not in self._staged:
             shape, dtype = self.locals[local]
-            self._staged[local] = torch.empty(shape, dtype=dtype)
+            self._staged[local] = torch.empty(shape, dtype=dtype, device=self._config.device_config.device)
         return self._staged[local]
 
     def complete(self, local: str) -> None:
         self._waiting.discard(local)
         if not self._waiting:
             repack(self._module, self._config, dict(self._tensors()))
-            self._staged, self._waiting = {}, set(self.locals)
+            self.begin()
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The module's parameters out of what has arrived."""
