@@ -26,6 +26,7 @@ from qerl_rl.quant.formats import get_format
 HIDDEN, WIDTH, EXPERTS, EXPERTS_PER_TOKEN, TOKENS = 1024, 512, 32, 4, 2048
 LORA = LoraConfig(rank=16)
 FORMATS = {"int8": ("w8a8", 0), "int4, groups of 128": ("w4a16", 128)}
+SHARED = "int8 in the engine's memory"
 BAR = 1.25
 TURNS, CALLS = 9, 4
 THREADS = 2
@@ -34,6 +35,7 @@ THREADS = 2
 def measure(turns: int = TURNS) -> list[Figure]:
     """Ratios of times, medians of `turns`; prints the times."""
     contenders = {"peer": partial(_contender, None), **{name: partial(_contender, f) for name, f in FORMATS.items()}}
+    contenders[SHARED] = partial(_contender, FORMATS["int8"], shared=True)
     median = median_seconds(contenders, turns=turns, calls=CALLS)
     print("  " + ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in median.items()))
     return [
@@ -41,16 +43,33 @@ def measure(turns: int = TURNS) -> list[Figure]:
             f"experts with LoRA over frozen bfloat16 ones, {name}", median[name] / median["peer"], BAR, at_least=False
         )
         for name in FORMATS
-    ]
+    ] + [Figure(f"experts that read {SHARED} over their own", median[SHARED] / median["int8"], None, at_least=False)]
 
 
-def _contender(format: tuple[str, int] | None) -> Callable[[], None]:
-    """A step of the experts in this format (None: of the peer's), in a process of its own."""
+def _contender(format: tuple[str, int] | None, *, shared: bool = False) -> Callable[[], None]:
+    """A step of the experts in this format (None: of the peer's), in a process of its own.
+
+    shared: they read their int8 in the order of the rollout engine's kernel.
+    """
     torch.set_num_threads(THREADS)
     _one_rank()
     weights, batch = _weights(), _batch()
     module = _ours(weights, *format) if format else _peer(weights)
+    if shared:
+        _share(module)
     return lambda: _step(module, *batch)
+
+
+def _share(module: Any) -> None:
+    from vllm import _custom_ops  # noqa: F401 - brings the kernels
+
+    from qerl_rl.model.base_weight import Base
+    from qerl_rl.rollout.packed_experts import PackedW8A8, int8_tiles
+
+    for name in ("w13", "w2"):
+        integers, scales = module.base(name).tensors
+        packed = torch.ops._C.convert_weight_packed(integers)
+        module.adopt(name, Base((int8_tiles(packed), scales), PackedW8A8()))
 
 
 def _one_rank() -> None:

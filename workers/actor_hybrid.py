@@ -61,7 +61,7 @@ class ActorHybridWorker:
         return {
             "train_data_rank": self.train.data_parallel_rank,
             "rollout_data_rank": self.rank // self.config.rollout.tensor_parallel,
-            "rollout_engine": self.rollout.description if self.config.has_rollout_engine else "",
+            "rollout_engine": f"{self.rollout.description}; {self._base}" if self.config.has_rollout_engine else "",
         }
 
     def _start(self, address: str, port: int) -> None:
@@ -82,6 +82,7 @@ class ActorHybridWorker:
 
     def _start_rollout(self, beside: Mapping[str, ModelEngine]) -> None:
         # Importing vLLM takes seconds, which a run without a rollout is spared.
+        from qerl_rl.reshard.shared_base import share_base
         from qerl_rl.reshard.swap import Swap
         from qerl_rl.rollout.vllm_engine import VllmEngine
         from qerl_rl.train.background import BackgroundJob
@@ -97,6 +98,9 @@ class ActorHybridWorker:
             group_size=self.config.quant.group_size,
         )
         self.swap = Swap(self.train, self.rollout, self.config, beside)
+        self._base = "base stored for each engine, as model.share_base says"
+        if self.config.model.share_base == "auto":
+            self._base = share_base(self.rollout, {POLICY: self.train, **beside}, self.swap.give)
         self._generation: BackgroundJob[dict[str, Any]] = BackgroundJob("generation")
         self.rollout.release_kv_cache()
 

@@ -45,9 +45,9 @@ AT_LEAST = {
     rollout.top_k noise.sigma_start noise.sigma_end algorithm.clip_low algorithm.clip_high algorithm.kl_coefficient
     algorithm.entropy_coefficient algorithm.loss_constant_tokens algorithm.kl_target algorithm.overlong_buffer_tokens
     algorithm.overlong_penalty rollout.carry_prompts algorithm.discount data.limit checkpoint.every eval.every
-    profiler.step""",
+    profiler.step swap.canary_tolerance""",
 }
 
 POSITIVE = """eval.temperature critic.value_clip dpo.beta
-lora.alpha swap.canary_tolerance rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
+lora.alpha rollout.temperature reward.timeout_s dock.timeout_s fault.start_timeout_s
 fault.rollout_timeout_s fault.train_timeout_s train.adam_eps"""

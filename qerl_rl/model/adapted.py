@@ -31,6 +31,7 @@ class AdaptedModule(torch.nn.Module):
         self.formats = weights.formats
         self.lora = weights.lora
         self.adapters_enabled = weights.lora is not None
+        self._adopted: dict[str, Base] = {}
 
     @property
     def scaling(self) -> float:
@@ -54,15 +55,28 @@ class AdaptedModule(torch.nn.Module):
 
     def base(self, name: str) -> Base:
         """The base weight `name`, as grouped_linear takes it (without a dimension of groups where it has none)."""
+        if adopted := self._adopted.get(name):
+            return adopted
         format = self.formats.get(name)
         suffixes = [part.suffix for part in format.parts] if format else [""]
         return Base(tuple(getattr(self, name + suffix) for suffix in suffixes), format)
+
+    def adopt(self, name: str, base: Base) -> None:
+        """Read the quantized weight `name` out of `base`, whose tensors somebody else keeps, instead of own buffers."""
+        for part in self.formats[name].parts:
+            del self._buffers[name + part.suffix]
+        self._adopted[name] = base
 
     def dense(self, name: str) -> torch.Tensor:
         """A copy of the base weight `name` [..., N, K], dequantized to float32; a float weight as it is."""
         base = self.base(name)
         if base.format is None:
             return base.tensors[0]
+        if name in self._adopted:
+            weight = torch.empty(len(base.tensors[0]), base.outputs, base.inputs)
+            for group, matrix in enumerate(weight):
+                matrix.copy_(base.format.dequantize(base.parts(group)))
+            return weight
         parts = {part.suffix: tensor for part, tensor in zip(base.format.parts, base.tensors, strict=True)}
         return base.format.dequantize(parts)
 

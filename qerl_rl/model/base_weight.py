@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qerl_rl.quant.formats import Format
+from qerl_rl.quant.formats import Format, Parts
 
 
 @dataclass(frozen=True)
@@ -19,20 +19,30 @@ class Base:
     @property
     def outputs(self) -> int:
         """N."""
-        return self.tensors[0].shape[1]
+        return self._matrix_shape[0]
 
     @property
     def inputs(self) -> int:
         """K."""
-        return self.tensors[0].shape[2] * (self.format.parts[0].columns if self.format else 1)
+        return self._matrix_shape[1]
+
+    @property
+    def _matrix_shape(self) -> tuple[int, int]:
+        first = self.tensors[0]
+        return self.format.matrix_shape(first) if self.format else (first.shape[1], first.shape[2])
 
     @property
     def row_scales(self) -> torch.Tensor | None:
         """[E, N] float32 where one scale a row is left out of the weights, to multiply the outputs by: there are fewer
         of those than of weights."""
-        if self.format is None or self.format.group_size or self.tensors[0].dtype != torch.int8:
+        if self.format is None or self.format.group_size or self.format.parts[0].dtype != torch.int8:
             return None
         return self.tensors[1].squeeze(-1) if self.tensors[1].dtype == torch.float32 else None
+
+    def parts(self, group: int) -> Parts:
+        """The parts [N, ...] of one group, by suffix; of a base that has a format."""
+        assert self.format is not None
+        return {part.suffix: tensor[group] for part, tensor in zip(self.format.parts, self.tensors, strict=True)}
 
 
 class Unpacker:
@@ -45,14 +55,15 @@ class Unpacker:
         self._base, self._format, self._dtype = base, base.format, dtype
         self._has_scales = base.row_scales is not None
         if self._has_scales:
-            self._integers = base.tensors[0].new_empty(base.outputs, base.inputs, dtype=dtype)
+            self._integers, self._scratch = (
+                base.tensors[0].new_empty(base.outputs, base.inputs, dtype=kind) for kind in (dtype, torch.int8)
+            )
 
     def matrix(self, group: int) -> torch.Tensor:
         """[N, K] of one group; valid until the next call."""
-        tensors = [tensor[group] for tensor in self._base.tensors]
         if self._format is None:
-            return tensors[0]
+            return self._base.tensors[0][group]
+        parts = self._base.parts(group)
         if self._has_scales:
-            return self._integers.copy_(tensors[0])
-        parts = {part.suffix: tensor for part, tensor in zip(self._format.parts, tensors, strict=True)}
+            return self._integers.copy_(self._format.unpacked(parts, self._scratch)[self._format.parts[0].suffix])
         return self._format.dequantize(parts, self._dtype)

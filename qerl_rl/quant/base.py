@@ -112,6 +112,17 @@ class Format(ABC):
     def dequantize(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [..., N, K] that the parts stand for, as compressed-tensors computes it, then cast to `dtype`."""
 
+    def matrix_shape(self, first: torch.Tensor) -> tuple[int, int]:
+        """(N, K) of the weights [E, N, K] whose first part this is."""
+        return first.shape[1], first.shape[2] * self.parts[0].columns
+
+    def unpacked(self, parts: Parts, scratch: torch.Tensor | None = None) -> Parts:
+        """The parts of one matrix as `quantize` gives them: a rollout engine's kernel may keep them in another order.
+
+        scratch: of the first part's shape and dtype; where something has to be written, it is there.
+        """
+        return parts
+
     def described(self, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """By suffix, what a checkpoint stores beside the parts of a matrix and what follows from its shape [N, K]."""
         return {}

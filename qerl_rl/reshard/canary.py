@@ -12,10 +12,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from qerl_rl.config.schema import Config
 from qerl_rl.train.engine import TrainEngine
 from qerl_rl.train.samples import Samples
 
 SEQUENCES, TOKENS = 4, 64
+TOLERANCES = {0: 0.3, 8: 0.8, 4: 1.5}
+"""By the bits that quant.format rounds to (0: to none): about twice what sound swaps were measured to differ by."""
+BITS = {"none": 0, "w8a8": 8, "mxfp8": 8}
+"""Of other formats 4."""
 
 
 class CanaryError(RuntimeError):
@@ -35,11 +40,11 @@ class Canary:
     Whether a model finds them likely does not matter: each of them is one number of every layer's making.
     """
 
-    def __init__(self, train: TrainEngine, rollout: Scorer, *, max_length: int, seed: int, tolerance: float) -> None:
-        self._train, self._rollout, self._tolerance = train, rollout, tolerance
-        shape = (SEQUENCES, min(TOKENS, max_length - 1))
+    def __init__(self, train: TrainEngine, rollout: Scorer, config: Config) -> None:
+        self._train, self._rollout, self._config = train, rollout, config
+        shape = (SEQUENCES, min(TOKENS, config.model.max_length - 1))
         vocabulary = train.architecture.vocabulary_size
-        self._tokens = np.random.default_rng([seed, *b"canary"]).integers(0, vocabulary, shape)
+        self._tokens = np.random.default_rng([config.run.seed, *b"canary"]).integers(0, vocabulary, shape)
         self._expected: torch.Tensor | None = None
 
     @property
@@ -77,9 +82,14 @@ class Canary:
         gaps[dist.get_rank()] = own
         dist.all_reduce(gaps)
         worst = float(gaps.max())
-        if worst >= self._tolerance:
-            raise CanaryError(_message(gaps.tolist(), step, self._tolerance))
+        if worst >= self.tolerance:
+            raise CanaryError(_message(gaps.tolist(), step, self.tolerance))
         return worst
+
+    @property
+    def tolerance(self) -> float:
+        """From what mean |difference| on a swap counts as broken."""
+        return self._config.swap.canary_tolerance or TOLERANCES[BITS.get(self._config.quant.format, 4)]
 
 
 def _message(gaps: Sequence[float], step: int, tolerance: float) -> str:
@@ -87,8 +97,8 @@ def _message(gaps: Sequence[float], step: int, tolerance: float) -> str:
     shown = ", ".join(f"{gap:.3f} on rollout rank {rank}" for rank, gap in list(wrong.items())[:4])
     return (
         f"swap of step {step}: the engine's log-probs of fixed tokens differ from the trainer's by {shown} of "
-        f"{len(gaps)} (mean nats a token; swap.canary_tolerance={tolerance:g}). Set swap.checksum to always and run "
-        "again: if it raises, bytes were lost on the way; if not, the engine computes with what it got in another way "
-        "than the trainer (`python -m qerl_rl verify` compares both with transformers), or their arithmetic alone "
-        "differs as much: then set swap.canary_tolerance higher"
+        f"{len(gaps)} (mean nats a token; from {tolerance:g} on it counts as broken). Set swap.checksum to always and "
+        "run again: if it raises, bytes were lost on the way; if not, the engine computes in another way with what it "
+        "got than the trainer (`python -m qerl_rl verify` compares both with transformers), or their arithmetic alone "
+        "differs as much: then set swap.canary_tolerance above that"
     )

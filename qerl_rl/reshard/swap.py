@@ -39,13 +39,7 @@ class Swap:
         self._train, self._rollout, self._config = train, rollout, config
         self._models: dict[str, ModelEngine] = {POLICY: train, **(beside or {})}
         self._policy = PolicyTransfer(train, rollout, config)
-        self._canary = Canary(
-            train,
-            rollout,
-            max_length=config.model.max_length,
-            seed=config.run.seed,
-            tolerance=config.swap.canary_tolerance,
-        )
+        self._canary = Canary(train, rollout, config)
         self._served = 0
 
     def to_rollout(self, step: int) -> SwapReport:

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from qerl_rl.layout.stored_experts import StoredExperts
 from qerl_rl.quant.noise import Noise
 from qerl_rl.quant.requantize import Survival
 from qerl_rl.rollout.weight_memory import ByteStore
@@ -143,6 +144,12 @@ class RolloutEngine(Protocol):
     def set_noise(self, noise: Noise) -> None:
         """Put `noise` on the clean RMSNorm weights of every layer; sigma 0 takes it away."""
 
+    def lendable_experts(self) -> list[StoredExperts]:
+        """Frozen weights that others of this process may read in place, as long as the engine exists."""
+
+    def lend(self, nbytes: Mapping[str, int]) -> None:
+        """Keep these weights (bytes that their readers need not store, by the name of the full tensor) in memory."""
+
     def release_kv_cache(self) -> int:
         """Give the KV cache back to the system; returns the bytes freed (0 when it is away already)."""
 
@@ -160,4 +167,4 @@ class RolloutEngine(Protocol):
         """Bring the weights back, bit for bit."""
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes this rank holds now: `weights`, `adapters`, `kv_cache`."""
+        """Bytes this rank holds now: `weights`, `shared` (those that are lent), `adapters`, `kv_cache`."""

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from qerl_rl.config.schema import LoraConfig, RolloutConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.engine import EngineLayout
+from qerl_rl.layout.stored_experts import StoredExperts
 from qerl_rl.layout.tensors import Adapters, Tensors, Weights, full_tensors
 from qerl_rl.quant.noise import Noise
 from qerl_rl.quant.requantize import Survival
@@ -28,6 +29,7 @@ from qerl_rl.rollout.engine import GroupOutput, GroupRequest, LiveTarget
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.full_tensors import exchange_format, put
 from qerl_rl.rollout.kv_cache import KvCacheMemory
+from qerl_rl.rollout.lending import Lending
 from qerl_rl.rollout.limits import check_expert_sizes, check_groups
 from qerl_rl.rollout.load_plan import LoadPlan
 from qerl_rl.rollout.loader import loader_options
@@ -93,6 +95,7 @@ class VllmEngine:
             self._adapters = MergedAdapters(runner.model, config, self._plan, lora, seed, finder, shapes)
         elif has_adapters(lora):
             self._adapters = AdapterSet(runner.model, lora)
+        self._lending = Lending(runner.model, writes_weights=not isinstance(self._adapters, AdapterSet))
         self._weight_target: WeightTarget | None = None
         self._noise = NormNoise(runner.model)
         self._no_experts = no_experts(self._engine) if record_routing else None
@@ -268,6 +271,14 @@ class VllmEngine:
         self._noise.set(noise)
         self._engine.reset_prefix_cache()
 
+    def lendable_experts(self) -> list[StoredExperts]:
+        """See RolloutEngine; none where adapters, or trained weights, are written into the engine's."""
+        return self._lending.experts()
+
+    def lend(self, nbytes: Mapping[str, int]) -> None:
+        """See RolloutEngine."""
+        self._lending.lend(nbytes)
+
     def release_kv_cache(self) -> int:
         """See RolloutEngine. Raises: RuntimeError while samples are being generated."""
         if self._engine.get_num_unfinished_requests():
@@ -283,7 +294,7 @@ class VllmEngine:
         """See RolloutEngine. Raises: RuntimeError while samples are being generated."""
         if self._engine.get_num_unfinished_requests():
             raise RuntimeError("release_weights() while samples are being generated")
-        return self._weight_memory.release(store)
+        return self._weight_memory.release(store, keep=self._lending.storages())
 
     def restore_weights(self) -> None:
         """See RolloutEngine. Raises: RuntimeError when they were given up."""
@@ -295,9 +306,10 @@ class VllmEngine:
         return self._engine.model_executor.driver_worker.worker.model_runner.model
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of this rank's weights (its shard, as packed), adapters and KV cache."""
-        adapters = 0 if self._adapters is None else self._adapters.nbytes
-        return {"weights": self._weight_memory.nbytes, "adapters": adapters, "kv_cache": self._kv_cache.nbytes}
+        """Bytes of this rank's weights (its shard, as packed) but those lent, of these, of adapters and KV cache."""
+        shared, adapters = self._lending.nbytes, 0 if self._adapters is None else self._adapters.nbytes
+        weights = {"weights": self._weight_memory.nbytes - shared, "shared": shared}
+        return {**weights, "adapters": adapters, "kv_cache": self._kv_cache.nbytes}
 
 
 @dataclass(frozen=True)

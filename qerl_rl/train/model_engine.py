@@ -10,6 +10,7 @@ import torch
 
 from qerl_rl.config.schema import Config
 from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.stored_experts import StoredExperts
 from qerl_rl.model.formats import stored_formats
 from qerl_rl.platform import detect, prepare_megatron
 from qerl_rl.platform.state_store import StateStore, state_store
@@ -20,6 +21,7 @@ from qerl_rl.train.packing import Pack, make_pack, partition_alike
 from qerl_rl.train.samples import Samples
 
 if TYPE_CHECKING:
+    from qerl_rl.train.adoption import Adoption
     from qerl_rl.train.passes import Passes
 
 
@@ -128,6 +130,16 @@ class ModelEngine:
         The optimizer's state may still be on its way: what needs it waits for it.
         """
         return self._offloader.onload()
+
+    def adopt_experts(self, offered: Sequence[StoredExperts]) -> Adoption:
+        """Read frozen experts where another engine of this process stores them, and give up the own copies.
+
+        Not collective: each rank has what its own process can give it. Raises: RuntimeError while state is away.
+        """
+        self._require_state("adopt_experts")
+        from qerl_rl.train.adoption import adopt_experts
+
+        return adopt_experts(self.model, self.architecture, offered, self._offloader.forget)
 
     def finish_moves(self) -> None:
         """Until all that leaves has left and all that returns is back."""

@@ -63,6 +63,12 @@ class Offloader:
             _check_resizable(kind, storage)
             self._pieces[key] = _Piece(kind, storage, next(self._slots), frozen)
 
+    def forget(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Let go of the storages of `tensors`, which nobody needs any more; some may never have been tracked."""
+        self.finish()
+        for tensor in tensors:
+            self._pieces.pop(tensor.untyped_storage()._cdata, None)
+
     def _of(self, kind: str) -> Iterator[_Piece]:
         return (piece for piece in self._pieces.values() if piece.kind == kind)
 

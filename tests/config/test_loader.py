@@ -161,7 +161,7 @@ def test_a_single_reward_weighs_one_and_exact_is_the_default(tmp_path):
         (["reward_model.backend=vllm"], "reward_model.backend=vllm is unknown", "hf or megatron"),
         (["model.share_base=always"], "model.share_base=always is unknown", "auto or never"),
         (["swap.checksum=sometimes"], "swap.checksum=sometimes is unknown", "never or first or always"),
-        (["swap.canary_tolerance=0"], "swap.canary_tolerance=0.0 is not positive", "above 0"),
+        (["swap.canary_tolerance=-1"], "swap.canary_tolerance=-1.0 is too small", "0 or more"),
         (["swap.bucket_bytes=1000"], "swap.bucket_bytes=1000 is too small", "1024 or more"),
         (["swap.release_weights=true", "rollout.ahead=true"], "keeps both engines at work", "release_weights to false"),
         (["train.dtype=float64"], "train.dtype=float64 is unknown", "float32 or bfloat16"),

@@ -182,7 +182,7 @@ def errors_of_broken_swaps(swap: Any, engine: Any, config: Config) -> dict[str, 
     found = {}
     trainer, plan = swap._train, swap._policy._rank_plan
     for name, checks in (("checksum", ("always", "never")), ("canary", ("never", "always"))):
-        own = dataclasses.replace(config, swap=SwapConfig(checksum=checks[0], canary=checks[1]))
+        own = dataclasses.replace(config, swap=SwapConfig(checksum=checks[0], canary=checks[1], canary_tolerance=0.2))
         trainer.onload()
         broken = Swap(trainer, engine, own)
         broken._policy.__dict__["_rank_plan"] = with_experts_exchanged(plan)
@@ -244,7 +244,7 @@ def assert_noticed(ranks: list[dict[str, str]]) -> None:
         assert "ChecksumError: swap of step 3" in found["checksum"]
         assert ".mlp.experts.w" in found["checksum"]
         assert "CanaryError: swap of step 3" in found["canary"]
-        assert "swap.canary_tolerance" in found["canary"]
+        assert "from 0.2 on it counts as broken" in found["canary"]
         assert "swap of step 4" in found["byte"]
         assert (
             "in model.layers.1.self_attn.o_proj.weight (held by train ranks 0, 1 and rollout ranks 0, 1). "

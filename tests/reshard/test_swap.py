@@ -96,8 +96,33 @@ def difference(worker, responses, log_probs, noise=None):
     return float(gaps.sum()), len(gaps)
 
 
+class Twins:
+    """The worker's trainer and, where that reads the engine's memory, one that stores all its weights itself."""
+
+    def __init__(self, worker):
+        from qerl_rl.train.engine import TrainEngine
+
+        shares = worker.rollout.held_bytes()["shared"] > 0
+        self.engines = [worker.train, *([TrainEngine(worker.config)] if shares else [])]
+        *_, whole = self.engines
+        self.experts = sum(buffer.nbytes for name, buffer in whole.model.named_buffers() if ".experts.w" in name)
+        held = [engine.held_bytes()["parameters"] for engine in self.engines]
+        self.spared, self.alike = held[-1] - held[0], True
+
+    def update(self, samples):
+        first, *others = [engine.update(samples, policy_gradient) for engine in self.engines]
+        self.alike &= all(first == other for other in others)
+
+    def score(self, samples, **options):
+        first, *others = [engine.log_probs(samples, **options) for engine in self.engines]
+        for other in others if first else ():
+            pairs = zip(first.log_probs + first.entropy, other.log_probs + other.entropy, strict=True)
+            self.alike &= all(np.array_equal(a, b) for a, b in pairs)
+
+
 def train_and_swap(model, folder, train, rollout):
     worker = start_worker(base_config(model, folder, train, rollout))
+    twins = Twins(worker)
     worker.swap_to_rollout(0)
     before_tokens, before_log_probs = greedy(worker.rollout)
     held_in_rollout = worker.swap.held_bytes()
@@ -105,7 +130,7 @@ def train_and_swap(model, folder, train, rollout):
     before = difference(worker, before_tokens, before_log_probs)
     signs = np.random.default_rng(0).choice([-1.0, 1.0], len(PROMPTS))
     for _ in range(UPDATES):
-        worker.train.update(share(samples_of(before_tokens, signs), worker), policy_gradient, aggregation="token_mean")
+        twins.update(share(samples_of(before_tokens, signs), worker))
     worker.swap_to_rollout(0)
     after_tokens, after_log_probs = greedy(worker.rollout)
     worker.swap_to_train()
@@ -118,7 +143,13 @@ def train_and_swap(model, folder, train, rollout):
     worker.swap_to_rollout(last)
     noisy = greedy(worker.rollout)
     worker.swap_to_train()
+    samples = share(samples_of(after_tokens), worker)
+    twins.score(samples, noise=worker.swap.noise_of(last))
+    # What the trainer reads in the engine's memory stays there.
+    worker.rollout.release_weights(None)
+    twins.score(samples, reference=True)
     return {
+        "base": (worker._base, twins.experts, twins.spared, twins.alike),
         "noisy": difference(worker, *noisy, noise=worker.swap.noise_of(last)),
         "noise unknown": difference(worker, *noisy),
         "before": before,
@@ -176,6 +207,14 @@ def test_the_engine_follows_the_trainer_through_ten_updates(tmp_path, tiny_w8a8,
     assert all(np.array_equal(a, b) for a, b in zip(log_probs, ranks[0]["log_probs"], strict=True))
     assert min(both["train/parameters"], both["rollout/kv_cache"]) > 0
     assert released == {}
+
+    # Where both hold the same experts, whole, the trainer has none of its own; where not, all.
+    for rank in ranks:
+        said, experts, spared, alike = rank["base"]
+        shared = [rank[when]["rollout/shared"] for when in ("held_in_rollout", "held_in_train")]
+        assert [spared, *shared] == [experts if train == {"expert_parallel": 2} else 0] * 3
+        assert said.startswith("base stored once" if spared else "base stored for each engine: no experts")
+        assert alike
 
     fresh_tokens, fresh_log_probs = run_engines(fresh_engine, 2, model, tmp_path, rollout)[0]
     # An early end of sequence would quietly shrink what is compared.
