@@ -118,7 +118,7 @@ def scheduled(moves: Moves, world_size: int, bucket_bytes: int) -> Moves:
     Copies have a room of their own of bucket_bytes, so that tensors of both layouts come and go together.
     """
     rooms, buckets = _Rooms(world_size, bucket_bytes), []
-    copying, copied = [0] * world_size, [0] * world_size
+    reached, copying, copied = [0] * world_size, [0] * world_size, [0] * world_size
     for sender, receiver, nbytes in zip(
         moves.sender.tolist(), moves.receiver.tolist(), moves.nbytes.tolist(), strict=True
     ):
@@ -126,8 +126,11 @@ def scheduled(moves: Moves, world_size: int, bucket_bytes: int) -> Moves:
             bucket = rooms.first((sender, receiver), nbytes)
             rooms.take(sender, bucket, nbytes)
             rooms.take(receiver, bucket, nbytes)
+            for rank in (sender, receiver):
+                reached[rank] = max(reached[rank], bucket)
         else:
-            bucket = max(copying[sender], rooms.first((sender, sender), 1))
+            # Not into an earlier one that has some room left: a copy of a later layer would take memory too soon.
+            bucket = max(copying[sender], reached[sender])
             if bucket == copying[sender] and copied[sender] and copied[sender] + nbytes > bucket_bytes:
                 bucket += 1
             if bucket > copying[sender]:
