@@ -1,6 +1,6 @@
 """What does a swap of all weights cost? `python -m benchmarks.reshard` measures it on two real ranks.
 
-A MoE of 535 MB in bfloat16 goes from each train layout to each rollout layout, in each format. Of every case one row:
+A MoE of 510 MB in bfloat16 goes from each train layout to each rollout layout, in each format. Of every case one row:
 - moved/bound: bytes that ranks sent each other over those that they needed and did not hold; of all, and of experts.
 - swap/copy: seconds of the transfer over those of a plain copy of all bytes that it writes (torch's copy_ of each of
   the engine's tensors). Both write into memory that was written before, on both ranks at once, and take turns.
