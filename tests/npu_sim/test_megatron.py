@@ -18,8 +18,9 @@ from tests.npu_sim.ranks import run_simulated_ranks
 from tests.ranks import RankPool
 
 Found = dict[str, tuple[float, dict[str, torch.Tensor]]]
-ONE = {"one rank": TrainConfig(), "one rank, recomputed": TrainConfig(recompute="full")}
-TWO = {
+LAYOUTS = {
+    "each rank alone": TrainConfig(),
+    "each rank alone, recomputed": TrainConfig(recompute="full"),
     "TP2, sequence parallel": TrainConfig(tensor_parallel=2),
     "EP2": TrainConfig(expert_parallel=2),
 }
@@ -52,14 +53,8 @@ def _compare(found: list[Found], expected: list[Found]) -> None:
                 )
 
 
-def test_one_npu_gives_loss_and_gradients_of_a_cpu(tiny_w8a8: Callable[..., Path], one_rank: RankPool) -> None:
+def test_npus_give_losses_and_gradients_of_cpus(tiny_w8a8: Callable[..., Path], two_ranks: RankPool) -> None:
     folder = tiny_w8a8("qwen3_moe")
-    found = run_simulated_ranks(_losses_and_gradients, 1, folder, ONE, "npu")
-    assert found[0]["one rank"][0] > 0
-    _compare(found, one_rank(_losses_and_gradients, folder, ONE, "cpu"))
-
-
-def test_two_npus_give_loss_and_gradients_of_two_cpus(tiny_w8a8: Callable[..., Path], two_ranks: RankPool) -> None:
-    folder = tiny_w8a8("qwen3_moe")
-    found = run_simulated_ranks(_losses_and_gradients, 2, folder, TWO, "npu")
-    _compare(found, two_ranks(_losses_and_gradients, folder, TWO, "cpu"))
+    found = run_simulated_ranks(_losses_and_gradients, 2, folder, LAYOUTS, "npu")
+    assert found[0]["each rank alone"][0] > 0
+    _compare(found, two_ranks(_losses_and_gradients, folder, LAYOUTS, "cpu"))
