@@ -18,12 +18,17 @@ LAUNCHES = ("tests/trainer/", "tests/examples/")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under pytest-xdist (`make test`) the whole runs are one process's tests, all others another's: what a session
     builds once for many tests is then still built once."""
-    for item in items:
-        of_launches = item.path.relative_to(config.rootpath).as_posix().startswith(LAUNCHES)
-        item.add_marker(pytest.mark.xdist_group("launches" if of_launches else "parts"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class LaunchesBesideParts(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "launches" if nodeid.startswith(LAUNCHES) else "parts"
+
+    return LaunchesBesideParts(config, log)
 
 
 @pytest.fixture(scope="session")
