@@ -119,9 +119,9 @@ def all_pairs(model: Path, quantized: Path, rollout: dict[str, Any]) -> dict[str
         found["wiped"] = greedy(engine)
         config = make_config(model, 0, rollout, train)
         trainer = make_trainer(config)
-        found[f"left, {name}"] = watch_what_leaves(trainer)
         swap = Swap(trainer, engine, config)
-        report = swap.to_rollout(0)
+        with what_leaves(trainer) as found[f"left, {name}"]:
+            report = swap.to_rollout(0)
         found[name] = greedy(engine), dataclasses.asdict(report)
         if name == "pp2":
             found["back"] = there_and_back(swap, engine)
@@ -145,9 +145,13 @@ def all_pairs(model: Path, quantized: Path, rollout: dict[str, Any]) -> dict[str
     return found
 
 
-def watch_what_leaves(trainer: Any) -> list[tuple[int, int]]:
-    """(bytes of a parameter, bytes of parameters in memory once it has been sent) of each, in the order of a swap."""
-    let_go, seen = trainer.let_go, []
+@contextmanager
+def what_leaves(trainer: Any) -> Iterator[list[tuple[int, int]]]:
+    """(bytes of a parameter, bytes of parameters in memory once it has been sent) of each, in the order of a swap.
+
+    The first are (0, what there is before).
+    """
+    let_go, seen = trainer.let_go, [(0, trainer.held_bytes()["parameters"])]
 
     def watched(name: str, parameter: torch.Tensor) -> None:
         let_go(name, parameter)
@@ -155,8 +159,10 @@ def watch_what_leaves(trainer: Any) -> list[tuple[int, int]]:
         seen.append((parameter.nbytes, trainer.held_bytes()["parameters"]))
 
     trainer.let_go = watched
-    seen.append((0, trainer.held_bytes()["parameters"]))
-    return seen
+    try:
+        yield seen
+    finally:
+        del trainer.let_go
 
 
 def there_and_back(swap: Any, engine: Any) -> tuple[Any, dict[str, int], dict[str, int]]:
