@@ -4,12 +4,13 @@ import ctypes
 import itertools
 import mmap
 import os
+import random
 import threading
 
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qerl_rl.platform import detect
@@ -237,21 +238,24 @@ def pages_in_memory(tensor: torch.Tensor) -> dict[int, bool]:
     """Of each page that lies wholly in the storage of `tensor`, by the offset of its first byte: is it in memory?"""
     base, count = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
     begin = -(-base // mmap.PAGESIZE) * mmap.PAGESIZE
-    pages = (base + count - begin) // mmap.PAGESIZE
+    # Small ones lie within a page.
+    pages = max(base + count - begin, 0) // mmap.PAGESIZE
     found, libc = (ctypes.c_ubyte * pages)(), ctypes.CDLL(None, use_errno=True)
     assert libc.mincore(ctypes.c_void_p(begin), ctypes.c_size_t(pages * mmap.PAGESIZE), found) == 0
     return {begin - base + i * mmap.PAGESIZE: bool(found[i] & 1) for i in range(pages)}
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    sizes=st.lists(st.one_of(st.integers(1, 200), st.integers(1000, 40_000)), min_size=1, max_size=12),
-    gaps=st.lists(st.integers(0, 3000), min_size=13, max_size=13),
-    random=st.randoms(use_true_random=False),
-    data=st.data(),
+    # Several on a page and some over many; pages that gaps lie on stay.
+    sizes=st.lists(st.sampled_from((1, 130, 700, 1500, 3000, 20_000)), min_size=1, max_size=24),
+    gaps=st.lists(st.sampled_from((0, 0, 0, 0, 0, 2500)), min_size=25, max_size=25),
+    seed=st.integers(0, 1000),
 )
+@example(sizes=[700] * 60, gaps=[0] * 61, seed=0)
+@example(sizes=[700] * 60, gaps=[0] * 61, seed=1)
 def test_tensors_of_one_buffer_leave_page_by_page_and_return_whatever_ended_the_swap(
-    tmp_path_factory, sizes, gaps, random, data
+    tmp_path_factory, sizes, gaps, seed
 ):
     offloader = Offloader(SpillFile(str(tmp_path_factory.mktemp("spill"))))
     count = sum(sizes) + sum(gaps[: len(sizes) + 1])
@@ -262,9 +266,10 @@ def test_tensors_of_one_buffer_leave_page_by_page_and_return_whatever_ended_the_
         begin += size + gap
     offloader.track("parameters", [buffer])
     offloader.divide(tensors)
+    draw = random.Random(seed)
     for _ in range(2):
         expected, left, total = buffer.clone(), torch.zeros(count, dtype=torch.bool), 0
-        order = random.sample(tensors, data.draw(st.integers(0, len(tensors))))
+        order = draw.sample(tensors, draw.randint(0, len(tensors)))
         for tensor in order:
             assert offloader.leave_early(tensor) == tensor.nbytes
             assert offloader.leave_early(tensor) == 0
@@ -278,7 +283,7 @@ def test_tensors_of_one_buffer_leave_page_by_page_and_return_whatever_ended_the_
             for page, is_there in pages_in_memory(buffer).items():
                 assert is_there != left[page : page + mmap.PAGESIZE].all()
         assert offloader.is_away == bool(order) != offloader.holds(tensors)
-        if data.draw(st.booleans()):
+        if draw.random() < 0.5:
             assert offloader.offload(["parameters"])["parameters"] == count
             assert buffer.untyped_storage().nbytes() == 0
             total = count
