@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -21,6 +22,9 @@ from qerl_rl.reshard.plan import Plan, RankPlan
 from qerl_rl.reshard.transfer import TransferReport, transfer
 from qerl_rl.rollout.engine import RolloutEngine
 from qerl_rl.train.engine import TrainEngine
+
+if TYPE_CHECKING:
+    from qerl_rl.train.shard_source import OnFinished
 
 DEADLINE = 0.9
 """Part of fault.train_timeout_s that a bucket may take: an error of the ranks names the peer, the driver's can't."""
@@ -46,16 +50,17 @@ class PolicyTransfer:
         """From the trainer's layout to the engines'. Raises: ConfigError where one can't hold this model."""
         return plan_of(self._config, self._train.architecture, ranks_per_node())
 
-    def move(self, step: int, *, check: bool) -> Moved:
+    def move(self, step: int, *, check: bool, on_finished: OnFinished | None = None) -> Moved:
         """Fill the engine with the policy as it is; collective. `check` compares sums of both sides.
 
+        Args: on_finished: called with (name, parameter) when a parameter of this rank has been read for the last time.
         Raises: TransferError, ChecksumError.
         """
         plan = self._rank_plan
         if self._train.has_adapters:
-            source, target = self._train.adapter_source(), self._rollout.adapter_target(step)
+            source, target = self._train.adapter_source(on_finished), self._rollout.adapter_target(step)
         else:
-            source, target = self._train.weight_source(), self._rollout.weight_target()
+            source, target = self._train.weight_source(on_finished), self._rollout.weight_target()
         sums = self._checksum.begin(source, target) if check else None
         report = transfer(plan, sums.source if sums else source, sums.target if sums else target, self._exchange)
         if sums:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from qerl_rl.config.schema import Config
 from qerl_rl.platform import detect
@@ -21,6 +22,9 @@ from qerl_rl.reshard.policy import PolicyTransfer
 from qerl_rl.rollout.engine import RolloutEngine
 from qerl_rl.train.engine import TrainEngine
 from qerl_rl.train.model_engine import ModelEngine
+
+if TYPE_CHECKING:
+    from qerl_rl.train.shard_source import OnFinished
 
 
 class Swap:
@@ -60,7 +64,7 @@ class Swap:
         if self._config.swap.release_weights and self._train.has_adapters:
             with report.stage("weights"):
                 self._rollout.restore_weights()
-        self._serve(report, step)
+        self._serve(report, step, self._train.let_go)
         with report.stage("offload"):
             report.release(_prefixed(POLICY, self._train.offload()))
         with report.stage("kv_cache"):
@@ -110,10 +114,10 @@ class Swap:
 
     # ---- the policy on its way
 
-    def _serve(self, report: SwapReport, step: int) -> None:
-        """Bring the policy into the engine."""
+    def _serve(self, report: SwapReport, step: int, on_finished: OnFinished | None = None) -> None:
+        """Bring the policy into the engine. on_finished: what becomes of a parameter that has been sent."""
         with report.stage("transfer"):
-            moved = self._policy.move(step, check=self._is_due(self._config.swap.checksum))
+            moved = self._policy.move(step, check=self._is_due(self._config.swap.checksum), on_finished=on_finished)
         report.moved_bytes, report.traffic = moved.written_bytes, moved.traffic
         report.checksum_bytes = moved.checksum_bytes
         report.survival = self._rollout.survival

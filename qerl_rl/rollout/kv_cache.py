@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-
 import torch
+
+from qerl_rl.platform.host_pages import drop_pages
 
 
 class KvCacheMemory:
@@ -39,17 +38,3 @@ class KvCacheMemory:
     @property
     def nbytes(self) -> int:
         return 0 if self._is_away else sum(storage.nbytes() for storage in self._storages)
-
-
-def drop_pages(address: int, count: int) -> None:
-    """Make `count` bytes from `address` on zeros that take no memory; those on shared first and last pages are written.
-
-    Raises: OSError when the system refuses.
-    """
-    begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = max(begin, (address + count) // mmap.PAGESIZE * mmap.PAGESIZE)
-    ctypes.memset(address, 0, min(begin - address, count))
-    ctypes.memset(end, 0, max(address + count - end, 0))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED):
-        raise OSError(ctypes.get_errno(), "the system does not take the pages back")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from qerl_rl.rollout.kv_cache import drop_pages
+from qerl_rl.platform.host_pages import drop_pages
 
 
 class ByteStore(Protocol):

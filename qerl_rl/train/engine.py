@@ -55,6 +55,8 @@ class TrainEngine(LearningEngine):
 
         score = token_scores(self.architecture.vocabulary_size, config.rollout.temperature)
         self._passes = Passes(self._state.ddp, score)
+        if not self.has_adapters:
+            self._offloader.divide(self._state.trainable().values())
         # Before any checkpoint is loaded: a resumed run has the reference it began with.
         self._first_weights: FirstWeights | None = None
         if not self.has_adapters and config.has_reference:
@@ -127,6 +129,16 @@ class TrainEngine(LearningEngine):
 
         slots = adapter_slots(self.architecture, self.config.lora) if self.has_adapters else []
         return ShardSource(self.model, self.architecture, slots, on_finished=on_finished)
+
+    def let_go(self, name: str, parameter: torch.Tensor) -> None:
+        """The `on_finished` of a source between `begin_offload` and `offload`: frees what is not needed any more.
+
+        That is what has been written since, and with lora.rank 0 (and swap.offload_parameters) the parameter itself,
+        as `Offloader.leave_early` can. Nothing may read the parameter until `onload`.
+        """
+        if self.config.swap.offload_parameters and not self.has_adapters:
+            self._offloader.leave_early(parameter)
+        self.reclaim()
 
     def gather_adapters(self) -> dict[str, torch.Tensor]:
         """All adapters, unsharded, float32, in the exchange format; on every rank."""

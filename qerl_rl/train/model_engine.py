@@ -170,8 +170,7 @@ class ModelEngine:
 
     def _require_trained(self, purpose: str) -> None:
         """What trains can be read, also while the rest leaves (`begin_offload`)."""
-        trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
-        if not all(parameter.untyped_storage().nbytes() for parameter in trained):
+        if not self._offloader.holds(parameter for parameter in self.model.parameters() if parameter.requires_grad):
             raise RuntimeError(f"{purpose} needs the trained parameters in memory: call onload() first")
 
 

@@ -7,6 +7,7 @@ are wiped out before each swap, so that whatever it says afterwards has come fro
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,8 +118,10 @@ def all_pairs(model: Path, quantized: Path, rollout: dict[str, Any]) -> dict[str
         wipe(engine.weight_target())
         found["wiped"] = greedy(engine)
         config = make_config(model, 0, rollout, train)
-        swap = Swap(make_trainer(config), engine, config)
-        report = swap.to_rollout(0)
+        trainer = make_trainer(config)
+        swap = Swap(trainer, engine, config)
+        with what_leaves(trainer) as found[f"left, {name}"]:
+            report = swap.to_rollout(0)
         found[name] = greedy(engine), dataclasses.asdict(report)
         if name == "pp2":
             found["back"] = there_and_back(swap, engine)
@@ -140,6 +143,26 @@ def all_pairs(model: Path, quantized: Path, rollout: dict[str, Any]) -> dict[str
         if name == "pp2":
             found["back, adapted"] = there_and_back(swap, engine)
     return found
+
+
+@contextmanager
+def what_leaves(trainer: Any) -> Iterator[list[tuple[int, int]]]:
+    """(bytes of a parameter, bytes of parameters in memory once it has been sent) of each, in the order of a swap.
+
+    The first are (0, what there is before).
+    """
+    let_go, seen = trainer.let_go, [(0, trainer.held_bytes()["parameters"])]
+
+    def watched(name: str, parameter: torch.Tensor) -> None:
+        let_go(name, parameter)
+        trainer.finish_moves()
+        seen.append((parameter.nbytes, trainer.held_bytes()["parameters"]))
+
+    trainer.let_go = watched
+    try:
+        yield seen
+    finally:
+        del trainer.let_go
 
 
 def there_and_back(swap: Any, engine: Any) -> tuple[Any, dict[str, int], dict[str, int]]:
@@ -167,6 +190,12 @@ def test_every_train_layout_gives_what_a_fresh_engine_serves(tiny_checkpoint, ti
             assert in_train["rollout/weights"] < 0.6 * in_rollout["rollout/weights"]
             assert in_train["rollout/kv_cache"] == in_rollout["train/parameters"] == 0
         assert found["wiped"] != found["fresh"] != found["fresh, adapted"]
+        for name in TRAIN:
+            (_, all_of_them), *left = found[f"left, {name}"]
+            sizes, held = zip(*left, strict=True)
+            assert list(held) == [all_of_them - size for size in itertools.accumulate(sizes)]
+            # What is left pads the buffers.
+            assert held[-1] < 0.01 * all_of_them
     # Each byte of the engines is summed up once, on whichever rank; of the trainer's copies one is.
     for name in TRAIN:
         summed = sum(found[name][1]["checksum_bytes"] for found in ranks)
@@ -181,6 +210,8 @@ def errors_of_broken_swaps(swap: Any, engine: Any, config: Config) -> dict[str, 
 
     found = {}
     trainer, plan = swap._train, swap._policy._rank_plan
+    trainer.onload()
+    weights = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     for name, checks in (("checksum", ("always", "never")), ("canary", ("never", "always"))):
         own = dataclasses.replace(config, swap=SwapConfig(checksum=checks[0], canary=checks[1], canary_tolerance=0.2))
         trainer.onload()
@@ -191,6 +222,8 @@ def errors_of_broken_swaps(swap: Any, engine: Any, config: Config) -> dict[str, 
     flipped = Swap(trainer, engine, dataclasses.replace(config, swap=SwapConfig(checksum="always", canary="never")))
     with one_byte_flipped():
         found["byte"] = error_of(lambda: flipped.to_rollout(4))
+    trainer.onload()
+    assert all(map(torch.equal, trainer.model.parameters(), weights)), "the trainer lost what it had sent"
     return found
 
 

@@ -1,15 +1,21 @@
 """State leaves memory and comes back bit for bit; the engine's own cycle is in test_engine_state.py."""
 
+import ctypes
 import itertools
+import mmap
 import os
+import random
 import threading
 
 import psutil
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from qerl_rl.platform import detect
 from qerl_rl.platform.state_store import PinnedStore, SpillFile, StateStore
+from qerl_rl.train import offload
 from qerl_rl.train.offload import Offloader
 
 MIB = 1 << 20
@@ -226,3 +232,153 @@ def test_a_copy_that_fails_is_not_taken_for_one_that_worked(tmp_path):
     with pytest.raises(ValueError, match="closed file"):
         offloader.offload(["optimizer"])
     assert state.eq(5).all()
+
+
+def pages_in_memory(tensor: torch.Tensor) -> dict[int, bool]:
+    """Of each page that lies wholly in the storage of `tensor`, by the offset of its first byte: is it in memory?"""
+    base, count = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+    begin = -(-base // mmap.PAGESIZE) * mmap.PAGESIZE
+    # Small ones lie within a page.
+    pages = max(base + count - begin, 0) // mmap.PAGESIZE
+    found, libc = (ctypes.c_ubyte * pages)(), ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(begin), ctypes.c_size_t(pages * mmap.PAGESIZE), found) == 0
+    return {begin - base + i * mmap.PAGESIZE: bool(found[i] & 1) for i in range(pages)}
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    # Several on a page and some over many; pages that gaps lie on stay.
+    sizes=st.lists(st.sampled_from((1, 130, 700, 1500, 3000, 20_000)), min_size=1, max_size=24),
+    gaps=st.lists(st.sampled_from((0, 0, 0, 0, 0, 2500)), min_size=25, max_size=25),
+    seed=st.integers(0, 1000),
+)
+@example(sizes=[700] * 60, gaps=[0] * 61, seed=0)
+@example(sizes=[700] * 60, gaps=[0] * 61, seed=1)
+def test_tensors_of_one_buffer_leave_page_by_page_and_return_whatever_ended_the_swap(
+    tmp_path_factory, sizes, gaps, seed
+):
+    offloader = Offloader(SpillFile(str(tmp_path_factory.mktemp("spill"))))
+    count = sum(sizes) + sum(gaps[: len(sizes) + 1])
+    buffer = torch.randint(-128, 128, (count,), dtype=torch.int8, generator=torch.Generator().manual_seed(count))
+    tensors, begin = [], gaps[0]
+    for size, gap in zip(sizes, gaps[1:], strict=False):
+        tensors.append(buffer[begin : begin + size])
+        begin += size + gap
+    offloader.track("parameters", [buffer])
+    offloader.divide(tensors)
+    draw = random.Random(seed)
+    for _ in range(2):
+        expected, left, total = buffer.clone(), torch.zeros(count, dtype=torch.bool), 0
+        order = draw.sample(tensors, draw.randint(0, len(tensors)))
+        for tensor in order:
+            assert offloader.leave_early(tensor) == tensor.nbytes
+            assert offloader.leave_early(tensor) == 0
+            offloader.finish()
+            total += tensor.nbytes
+            assert offloader.held_bytes()["parameters"] == count - total
+            if total == count:
+                break
+            left[tensor.storage_offset() :][: len(tensor)] = True
+            assert torch.equal(buffer[~left], expected[~left])
+            for page, is_there in pages_in_memory(buffer).items():
+                assert is_there != left[page : page + mmap.PAGESIZE].all()
+        assert offloader.is_away == bool(order) != offloader.holds(tensors)
+        if draw.random() < 0.5:
+            assert offloader.offload(["parameters"])["parameters"] == count
+            assert buffer.untyped_storage().nbytes() == 0
+            total = count
+        assert offloader.onload()["parameters"] == total
+        assert torch.equal(buffer, expected)
+        assert not offloader.is_away
+        buffer += 1
+
+
+def test_memory_falls_while_one_tensor_after_the_other_leaves(offloader):
+    buffer = torch.ones(96 * MIB, dtype=torch.int8)
+    expected, quarters = buffer.clone(), buffer.chunk(4)
+    offloader.track("parameters", [buffer])
+    offloader.divide(quarters)
+    before = resident()
+    for number, tensor in enumerate(quarters, 1):
+        leave_and_wait(offloader, tensor)
+        assert before - resident() >= 0.95 * number * 24 * MIB
+    offloader.onload()
+    assert torch.equal(buffer, expected)
+
+
+class Ticket:
+    """A copy that is done once somebody has waited for it."""
+
+    def __init__(self, waiting: set, size: int) -> None:
+        self.waiting, self.size = waiting, size
+        waiting.add(self)
+
+    def done(self) -> bool:
+        return self not in self.waiting
+
+    def result(self) -> None:
+        self.waiting.discard(self)
+
+
+class LazyStore(StateStore):
+    """Writes nothing before somebody waits."""
+
+    def __init__(self) -> None:
+        self.waiting: set[Ticket] = set()
+
+    def begin_write(self, slots):
+        return Ticket(self.waiting, sum(map(len, slots.values())))
+
+
+def test_a_slow_store_holds_up_what_leaves_early(monkeypatch):
+    monkeypatch.setattr(offload, "EARLY_BYTES", 3000)
+    store, buffer, moments = LazyStore(), torch.zeros(20_000, dtype=torch.int8), torch.zeros(7000, dtype=torch.int8)
+    offloader, most = Offloader(store), 0
+    offloader.track("parameters", [buffer])
+    offloader.track("optimizer", [moments])
+    offloader.divide(buffer.split(1000))
+    offloader.begin_offload(["optimizer"])
+    for number, tensor in enumerate(buffer.split(1000)):
+        offloader.leave_early(tensor)
+        waiting = sum(ticket.size for ticket in store.waiting)
+        # What was begun before, and may take as long as it likes, is waited for with the first that is too much.
+        assert waiting == 7000 + (number + 1) * 1000 if number < 4 else waiting == 4000
+        most = max(most, waiting)
+    assert most == 11_000
+
+
+@pytest.mark.parametrize("is_host", [True, False], ids=["host", "card"])
+def test_on_a_card_only_what_has_a_storage_of_its_own_leaves_early(monkeypatch, any_offloader, is_host):
+    monkeypatch.setattr(offload, "is_host_memory", lambda storage: is_host)
+    buffer, own = torch.arange(3000.0), torch.arange(50.0)
+    any_offloader.track("parameters", [buffer, own])
+    any_offloader.divide(buffer.split(1000))
+    assert any_offloader.leave_early(own) == 200
+    assert any_offloader.leave_early(buffer[1000:2000]) == (4000 if is_host else 0)
+    assert any_offloader.leave_early(buffer[1000:1999]) == any_offloader.leave_early(torch.ones(3)) == 0
+    any_offloader.finish()
+    assert own.untyped_storage().nbytes() == 0
+    assert any_offloader.held_bytes()["parameters"] == (8000 if is_host else 12_000)
+    assert not any_offloader.holds([own])
+    assert any_offloader.holds([buffer]) != is_host
+    assert any_offloader.offload(["parameters"])["parameters"] == 12_200
+    assert any_offloader.onload()["parameters"] == 12_200
+    assert torch.equal(buffer, torch.arange(3000.0))
+    assert torch.equal(own, torch.arange(50.0))
+
+
+def leave_and_wait(offloader: Offloader, tensor: torch.Tensor) -> None:
+    offloader.leave_early(tensor)
+    offloader.finish()
+
+
+def test_what_could_not_be_written_does_not_leave_early(tmp_path):
+    store = SpillFile(str(tmp_path))
+    offloader, buffer = Offloader(store), torch.full((100_000,), 5.0)
+    offloader.track("parameters", [buffer])
+    offloader.divide(buffer.chunk(2))
+    store._file.close()
+    with pytest.raises(ValueError, match="closed file"):
+        leave_and_wait(offloader, buffer[:50_000])
+    assert buffer.eq(5).all()
+    assert offloader.held_bytes()["parameters"] == buffer.nbytes
