@@ -51,7 +51,7 @@ class PlanSummary:
             f"across nodes {_size(self.across_nodes)}",
             f"moved {_size(self.moved)} in {self.transfers} boxes: {self.moved_over_lower_bound:.3f} of the lower "
             f"bound {_size(self.lower_bound)} (experts {self.experts_moved_over_lower_bound:.3f})",
-            f"{self.buckets} buckets; the busiest rank's bytes fill {self.fewest_buckets}",
+            f"buckets: {self.buckets}, of which the busiest rank's bytes fill {self.fewest_buckets}",
         ]
         return "\n".join(rows)
 
