@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -37,7 +38,7 @@ class Box:
         """All of a tensor of this shape."""
         return cls((0,) * len(shape), shape)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
 
@@ -73,7 +74,17 @@ class Holding:
 
     def take(self, local: torch.Tensor) -> torch.Tensor:
         """The box (a view) out of the rank's tensor."""
+        count, shape, strides, offset = self._place
+        if local.is_contiguous() and local.numel() == count:
+            # One operation and not two: a swap of small tensors takes as long as its Python.
+            return local.as_strided(shape, strides, local.storage_offset() + offset)
         return local.view(self.view)[self.index]
+
+    @cached_property
+    def _place(self) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
+        """Elements of the rank's tensor; the box in it where it is contiguous: shape, strides, first element."""
+        box = torch.empty(self.view, device="meta")[self.index]
+        return math.prod(self.view), tuple(box.shape), box.stride(), int(box.storage_offset())
 
     def narrowed(self, box: Box) -> Holding:
         """The same for a box within this one's."""
