@@ -1,14 +1,18 @@
-"""Ranks of one machine exchange buckets through memory that they share; the process group carries only a word each."""
+"""Ranks of one machine exchange buckets through memory that they share; pipes carry a word about each message."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import timedelta
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 import torch.distributed as dist
 
 from qerl_rl.platform.device import Device
+from qerl_rl.platform.mailbox import MailAddress, Mailbox, Outbox
 from qerl_rl.platform.shared_memory import Address, SharedBlock
 from qerl_rl.reshard.exchange import (
     SLOTS,
@@ -23,24 +27,31 @@ from qerl_rl.reshard.exchange import (
 )
 
 _PACKED, _READ = 1, 2
-"""Tags of the words: bytes lie ready in the sender's memory; their receiver has read them."""
+"""Kinds of words: bytes lie ready in the sender's memory; their receiver has read them."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """Another rank of this machine: the memory that it packs into, and its mailbox."""
+
+    block: SharedBlock
+    mail: Outbox
 
 
 class NodeExchange:
     """Each rank packs into a block of its own, which its peers map and unpack from: two copies, no socket.
 
     A word from the sender says that a message is there and where; one from the receiver that its memory is free again.
-    The words go through the process group, whose system calls also order what the processors see.
+    Words are written and read by system calls, which also order what the processors see.
     """
 
     def __init__(
-        self, block: SharedBlock, peers: dict[int, SharedBlock], timeout_s: float, group: dist.ProcessGroup | None
+        self, rank: int, block: SharedBlock, mail: Mailbox, peers: Mapping[int, Neighbour], timeout_s: float
     ) -> None:
-        self._block, self._peers, self._timeout_s, self._group = block, peers, timeout_s, group
+        self._rank, self._block, self._mail, self._peers, self._timeout_s = rank, block, mail, peers, timeout_s
         self._buckets: Sequence[Messages] = ()
         self._slot_bytes = 0
-        self._awaited: dict[tuple[int, int, int], tuple[dist.Work, torch.Tensor]] = {}
-        self._said: list[tuple[dist.Work, torch.Tensor]] = []
+        self._heard: defaultdict[tuple[int, int], deque[list[int]]] = defaultdict(deque)
 
     @property
     def staging_bytes(self) -> int:
@@ -64,10 +75,7 @@ class NodeExchange:
         offset = bucket % SLOTS * self._slot_bytes
         for peer, size in messages.sends.items():
             self._say(_PACKED, peer, bucket, offset, size)
-            self._listen(_READ, peer, bucket)
             offset += aligned(size)
-        for peer in messages.receives:
-            self._listen(_PACKED, peer, bucket)
 
     def incoming(self, bucket: int) -> dict[int, torch.Tensor]:
         found: dict[int, torch.Tensor] = {}
@@ -78,7 +86,7 @@ class NodeExchange:
                     f"resharding: rank {peer} sent {sent} bytes of bucket {number + 1} where {size} of bucket "
                     f"{bucket + 1} were due: the two ranks' plans differ"
                 )
-            found[peer] = self._peers[peer].view(offset, size)
+            found[peer] = self._peers[peer].block.view(offset, size)
         return found
 
     def release(self, bucket: int) -> None:
@@ -88,34 +96,23 @@ class NodeExchange:
     def close(self) -> None:
         for bucket in range(max(0, len(self._buckets) - SLOTS), len(self._buckets)):
             self._wait_until_read(bucket)
-        with failing(len(self._buckets) - 1, len(self._buckets), "the last words to be taken"):
-            for work, _ in self._said:
-                work.wait(timedelta(seconds=self._timeout_s))
-        self._said.clear()
 
     def _wait_until_read(self, bucket: int) -> None:
         for peer in self._buckets[bucket].sends:
             self._hear(_READ, peer, bucket, f"rank {peer} to read its bytes")
 
-    def _say(self, tag: int, peer: int, *words: int) -> None:
-        said = torch.tensor(words)
-        with failing(words[0], len(self._buckets), f"a word to rank {peer}"):
-            work = dist.isend(said, group=self._group, group_dst=peer, tag=tag)
-        assert work is not None
-        self._said.append((work, said))
+    def _say(self, kind: int, peer: int, bucket: int, offset: int, size: int) -> None:
+        with failing(bucket, len(self._buckets), f"rank {peer} to take a word"):
+            self._peers[peer].mail.put(kind, self._rank, bucket, offset, size)
 
-    def _listen(self, tag: int, peer: int, bucket: int) -> None:
-        heard = torch.zeros(3, dtype=torch.int64)
-        with failing(bucket, len(self._buckets), f"a word from rank {peer}"):
-            work = dist.irecv(heard, group=self._group, group_src=peer, tag=tag)
-        assert work is not None
-        self._awaited[tag, peer, bucket] = work, heard
-
-    def _hear(self, tag: int, peer: int, bucket: int, title: str) -> list[int]:
-        work, heard = self._awaited.pop((tag, peer, bucket))
+    def _hear(self, kind: int, peer: int, bucket: int, title: str) -> list[int]:
+        """The next word of this kind of a peer; others that come meanwhile are kept."""
+        words, deadline = self._heard[kind, peer], perf_counter() + self._timeout_s
         with failing(bucket, len(self._buckets), title):
-            work.wait(timedelta(seconds=self._timeout_s))
-        return heard.tolist()
+            while not words:
+                found, sender, *word = self._mail.take(deadline - perf_counter(), self._peers[peer].mail.process)
+                self._heard[found, sender].append(word)
+        return words.popleft()
 
 
 def make_exchange(device: Device, timeout_s: float, group: dist.ProcessGroup | None = None) -> Exchange:
@@ -126,29 +123,30 @@ def make_exchange(device: Device, timeout_s: float, group: dist.ProcessGroup | N
     far = ProcessGroupExchange(device, timeout_s, group)
     if not device.shares_host_memory:
         return far
-    block, peers = _share(group)
-    if block is None or not peers:
+    block, mail, peers = _share(group)
+    if block is None or mail is None or not peers:
         return far
-    near = NodeExchange(block, peers, timeout_s, group)
+    near = NodeExchange(dist.get_rank(group), block, mail, peers, timeout_s)
     return near if len(peers) == dist.get_world_size(group) - 1 else MixedExchange(near, far, frozenset(peers))
 
 
-def _share(group: dist.ProcessGroup | None) -> tuple[SharedBlock | None, dict[int, SharedBlock]]:
-    """This rank's block, and those of the peers that it can map and that can map this one."""
+def _share(group: dist.ProcessGroup | None) -> tuple[SharedBlock | None, Mailbox | None, dict[int, Neighbour]]:
+    """This rank's block and mailbox, and the peers that reach these and that it reaches."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    try:
-        block = SharedBlock.create()
-    except OSError:
-        block = None
-    addresses: list[Address | None] = [None] * ranks
-    dist.all_gather_object(addresses, block and block.address, group=group)
-    peers: dict[int, SharedBlock] = {}
+    block: SharedBlock | None = None
+    mail: Mailbox | None = None
+    # Where the system has neither, this rank takes part by the process group.
+    with suppress(OSError):
+        block, mail = SharedBlock.create(), Mailbox()
+    addresses: list[tuple[Address, MailAddress] | None] = [None] * ranks
+    dist.all_gather_object(addresses, (block.address, mail.address) if block and mail else None, group=group)
+    peers: dict[int, Neighbour] = {}
     for peer, address in enumerate(addresses):
         if peer != rank and address is not None:
             try:
-                peers[peer] = SharedBlock.open(Address(*address))
+                peers[peer] = Neighbour(SharedBlock.open(Address(*address[0])), Outbox(MailAddress(*address[1])))
             except OSError:
                 continue
-    mapped: list[set[int]] = [set()] * ranks
-    dist.all_gather_object(mapped, set(peers), group=group)
-    return block, {peer: peers[peer] for peer in peers if rank in mapped[peer]}
+    reached: list[set[int]] = [set()] * ranks
+    dist.all_gather_object(reached, set(peers), group=group)
+    return block, mail, {peer: peers[peer] for peer in peers if rank in reached[peer]}

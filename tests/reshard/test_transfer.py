@@ -262,12 +262,17 @@ def halves(pairs: list, dim: int) -> RandomLayout:
     return RandomLayout(2, tuple(pieces))
 
 
+left_behind: list[Exchange] = []
+"""Of ranks that failed: one that is gone is noticed at once, and the deadline is to be seen."""
+
+
 def swap_with_a_peer_that_fails(kind: str):
     """When rank 1 fails in the middle: what each rank says, after how long, what was complete, the bucket to blame."""
     fresh_world()
     rank = dist.get_rank()
     # Of its own: a group whose peer did not come is lost.
     exchange = real_exchange(kind, dist.new_group([0, 1]), 0.5)
+    left_behind.append(exchange)
     pairs = [tuple(FullTensor(f"{layer}.{name}", (4, 4), torch.int8, layer) for name in "ab") for layer in range(5)]
     tensors = [tensor for pair in pairs for tensor in pair]
     values = {tensor.name: random_values(tensor) for tensor in tensors}
