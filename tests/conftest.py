@@ -13,22 +13,7 @@ from qerl_rl.make_model.random_model import MoeSizes, save_random_checkpoint
 from qerl_rl.quant.quantize import quantize_checkpoint
 from tests.ranks import RankPool
 
-LAUNCHES = ("tests/trainer/", "tests/examples/")
-"""Where tests start whole runs, which mostly wait for processes to start."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under pytest-xdist (`make test`) the whole runs are one process's tests, all others another's: what a session
-    builds once for many tests is then still built once."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class LaunchesBesideParts(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "launches" if nodeid.startswith(LAUNCHES) else "parts"
-
-    return LaunchesBesideParts(config, log)
 
 
 @pytest.fixture(scope="session")
