@@ -16,6 +16,7 @@ from qerl_rl.config.learning_schema import (
     RewardModelConfig,
     RolloutCorrectionConfig,
 )
+from qerl_rl.config.router_schema import RouterConfig
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RouterConfig):
     """The Megatron engine. Parallel sizes multiply as in Megatron: workers = tensor x pipeline x data."""
 
     device: str = "auto"
@@ -71,7 +72,7 @@ class TrainConfig:
     sequence_parallel: bool = True
     """Splits activations along the sequence where tensor_parallel > 1 (Megatron demands it for MoE)."""
     token_dispatcher: str = "alltoall"
-    """alltoall or allgather."""
+    """alltoall, allgather or alltoall_seq (docs/routing.md): how tokens reach the ranks of their experts."""
     recompute: str = "none"
     """none, full (every layer again in backward) or selective (attention and experts)."""
     micro_batch_tokens: int = 2048

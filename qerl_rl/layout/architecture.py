@@ -8,6 +8,7 @@ from typing import Any
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import TrainConfig
+from qerl_rl.layout.routing import RoutingRule, chosen_rule
 from qerl_rl.quant.checkpoint import read_config
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral")
@@ -72,6 +73,11 @@ class MoeArchitecture:
         return self.key_value_heads * self.head_dim
 
     @property
+    def routing(self) -> RoutingRule:
+        """How the model's routers choose and weigh experts."""
+        return RoutingRule(top_k=self.experts_per_token, normalized=self.normalized_top_k)
+
+    @property
     def mlp_name(self) -> str:
         """Name of the MoE block inside a HF layer."""
         return "block_sparse_moe" if self.family == "mixtral" else "mlp"
@@ -133,7 +139,8 @@ def _reject_unsupported(config: dict[str, Any], where: str) -> None:
 
 
 def check_layout(architecture: MoeArchitecture, train: TrainConfig) -> None:
-    """Raise ConfigError when a parallel size of the trainer does not divide what it splits of this model."""
+    """Raise ConfigError when a parallel size of the trainer does not divide what it splits of this model, or when its
+    routers can't work as train says."""
     splits = [
         ("tensor_parallel", "key-value heads", architecture.key_value_heads),
         ("tensor_parallel", "intermediate columns of the shared expert", architecture.shared_expert_width),
@@ -154,11 +161,4 @@ def check_layout(architecture: MoeArchitecture, train: TrainConfig) -> None:
             f"train.sequence_parallel=false with train.tensor_parallel={train.tensor_parallel} trains no MoE.",
             fix="set train.sequence_parallel to true",
         )
-    if train.token_dispatcher == "allgather" and (
-        train.pipeline_parallel > 1 or train.expert_parallel * train.expert_tensor_parallel > train.tensor_parallel
-    ):
-        # It gathers equal numbers of tokens from all expert-parallel ranks; packed micro-batches differ in theirs.
-        raise ConfigError(
-            "train.token_dispatcher=allgather needs all expert-parallel ranks to share their tokens.",
-            fix="set train.token_dispatcher to alltoall",
-        )
+    chosen_rule(architecture.routing, architecture.experts, train)

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from qerl_rl.config.schema import LoraConfig, TrainConfig
 from qerl_rl.layout.architecture import MoeArchitecture, check_layout
 from qerl_rl.layout.blocks import ParallelSizes
+from qerl_rl.layout.routing import RoutingRule, chosen_rule
 from qerl_rl.layout.slots import LANGUAGE_MODEL, VALUE, padded_vocabulary
 from qerl_rl.model.adapted import LayerWeights
 from qerl_rl.model.experts import StackedExperts
@@ -71,7 +72,7 @@ def build_model(
     trains_base = lora is None
     model = GPTModel(
         config,
-        _block_spec(architecture, lora, formats, sizes),
+        _block_spec(architecture, lora, formats, sizes, chosen_rule(architecture.routing, architecture.experts, train)),
         vocab_size=padded_vocabulary(architecture, sizes),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -112,7 +113,8 @@ def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> Tra
         moe_shared_expert_intermediate_size=architecture.shared_expert_width or None,
         num_moe_experts=architecture.experts,
         moe_router_topk=architecture.experts_per_token,
-        moe_router_pre_softmax=not architecture.normalized_top_k,
+        # Routers follow a RoutingRule; Megatron demands this of those that take one expert a token.
+        moe_router_pre_softmax=True,
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_dtype="fp32",
@@ -156,7 +158,11 @@ def _recompute(kind: str) -> dict[str, Any]:
 
 
 def _block_spec(
-    architecture: MoeArchitecture, lora: LoraConfig | None, formats: SlotFormats, sizes: ParallelSizes
+    architecture: MoeArchitecture,
+    lora: LoraConfig | None,
+    formats: SlotFormats,
+    sizes: ParallelSizes,
+    rule: RoutingRule,
 ) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with this project's norm, attention, linear layers and experts in it.
 
@@ -164,14 +170,17 @@ def _block_spec(
     """
     count = architecture.layers // sizes.pipeline
     first = parallel_state.get_pipeline_model_parallel_rank() * count
-    layers = [
-        _layer_spec(architecture, lora, {name: format for (layer, name), format in formats.items() if layer == number})
+    own = {
+        number: {name: format for (layer, name), format in formats.items() if layer == number}
         for number in range(first, first + count)
-    ]
+    }
+    layers = [_layer_spec(architecture, lora, own[number], rule) for number in range(first, first + count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _layer_spec(architecture: MoeArchitecture, lora: LoraConfig | None, formats: Mapping[str, Format]) -> ModuleSpec:
+def _layer_spec(
+    architecture: MoeArchitecture, lora: LoraConfig | None, formats: Mapping[str, Format], rule: RoutingRule
+) -> ModuleSpec:
     """Args: formats: of the layer's weights, by the names of their slots."""
     head_norm = RMSNorm if architecture.qk_norm else IdentityOp
     of_attention = lora if lora and lora.attention else None
@@ -205,7 +214,7 @@ def _layer_spec(architecture: MoeArchitecture, lora: LoraConfig | None, formats:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=ReplayingMoELayer, submodules=experts),
+            mlp=ModuleSpec(module=ReplayingMoELayer, submodules=experts, params={"rule": rule}),
             mlp_bda=get_bias_dropout_add,
         ),
     )
