@@ -10,6 +10,7 @@ from typing import Any
 from qerl_rl.config.bounds import AT_LEAST, CHOICES, POSITIVE
 from qerl_rl.config.correction_checks import Fault, correction_fault
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.router_checks import router_fault
 from qerl_rl.config.schema import Config
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "mse")
@@ -336,6 +337,7 @@ def _check_data(config: Config) -> Fault:
 CHECKS = (
     _check_values,
     _check_train_layout,
+    router_fault,
     _check_rollout_layout,
     _check_rollouts,
     _check_correction,

@@ -16,6 +16,7 @@ from qerl_rl.config.learning_schema import (
     RewardModelConfig,
     RolloutCorrectionConfig,
 )
+from qerl_rl.config.router_schema import RouterConfig
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RouterConfig):
     """The Megatron engine. Parallel sizes multiply as in Megatron: workers = tensor x pipeline x data."""
 
     device: str = "auto"
@@ -73,7 +74,7 @@ class TrainConfig:
     layers_per_stage: str = ""
     """Layers of each pipeline stage, N,N,..., where not all are alike; only the first and the last may differ."""
     token_dispatcher: str = "alltoall"
-    """alltoall or allgather."""
+    """alltoall, allgather or alltoall_seq (docs/routing.md): how tokens reach the ranks of their experts."""
     recompute: str = "none"
     """none, full (every layer again in backward) or selective (attention and experts)."""
     micro_batch_tokens: int = 2048

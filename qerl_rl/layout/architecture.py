@@ -10,7 +10,7 @@ from typing import Any
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.layout.families import FAMILIES, Family
 from qerl_rl.layout.families.common import rope_of
-from qerl_rl.layout.parts import LatentAttention, ModuleNames, Yarn
+from qerl_rl.layout.parts import USUAL_NAMES, LatentAttention, ModuleNames, Yarn
 from qerl_rl.layout.routing import RoutingRule
 from qerl_rl.quant.checkpoint import read_config
 
@@ -48,12 +48,10 @@ class MoeArchitecture:
     yarn: Yarn | None = None
     rule: RoutingRule | None = None
     """None: the largest logits, weighed as `normalized_top_k` says."""
-    router_bias: bool = False
-    """Each expert has a number of its own, which counts in the choice and not in the weight."""
     dense_layers: int = 0
     """The first ones have one MLP in place of experts."""
     dense_width: int = 0
-    names: ModuleNames = ModuleNames()
+    names: ModuleNames = USUAL_NAMES
 
     @classmethod
     def from_folder(cls, path: str | Path) -> MoeArchitecture:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import TrainConfig
 from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.routing import chosen_rule
 from qerl_rl.layout.train import check_stages, parallel_sizes
 
+
 def check_layout(architecture: MoeArchitecture, train: TrainConfig) -> None:
-    """Raise ConfigError when a parallel size of the trainer does not divide what it splits of this model."""
+    """Raise ConfigError when a parallel size of the trainer does not divide what it splits of this model, or when its
+    routers can't work as train says."""
     latent = architecture.latent
     splits = [
         ("tensor_parallel", "key-value heads", architecture.key_value_heads),
@@ -42,11 +45,4 @@ def check_layout(architecture: MoeArchitecture, train: TrainConfig) -> None:
             f"train.sequence_parallel=false with train.tensor_parallel={train.tensor_parallel} trains no MoE.",
             fix="set train.sequence_parallel to true",
         )
-    if train.token_dispatcher == "allgather" and (
-        train.pipeline_parallel > 1 or train.expert_parallel * train.expert_tensor_parallel > train.tensor_parallel
-    ):
-        # It gathers equal numbers of tokens from all expert-parallel ranks; packed micro-batches differ in theirs.
-        raise ConfigError(
-            "train.token_dispatcher=allgather needs all expert-parallel ranks to share their tokens.",
-            fix="set train.token_dispatcher to alltoall",
-        )
+    chosen_rule(architecture.routing, architecture.experts, train)

@@ -19,6 +19,9 @@ class ModuleNames:
     shared_expert: str = "shared_expert"
 
 
+USUAL_NAMES = ModuleNames()
+
+
 @dataclass(frozen=True)
 class LatentAttention:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): sizes of what is compressed.

@@ -133,7 +133,7 @@ def _expert_slots(architecture: MoeArchitecture, layer: int) -> list[Slot]:
     w2 = [Piece(f"{prefix}experts.{expert}.{down}.weight", (hidden, width), (expert,)) for expert in range(experts)]
     w13_block, w2_block = _expert_blocks(architecture)
     router = [_whole(layer, "mlp.router.weight", f"{prefix}gate.weight", architecture, experts, hidden)]
-    if architecture.router_bias:
+    if architecture.routing.has_bias:
         bias = _whole(layer, "mlp.router.expert_bias", f"{prefix}{ROUTER_BIAS}", architecture, experts)
         router.append(replace(bias, dtype=torch.float32))
     return [

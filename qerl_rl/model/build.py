@@ -25,8 +25,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from qerl_rl.config.schema import LoraConfig, TrainConfig
 from qerl_rl.layout.architecture import MoeArchitecture
-from qerl_rl.layout.fit import check_layout
 from qerl_rl.layout.blocks import ParallelSizes
+from qerl_rl.layout.fit import check_layout
+from qerl_rl.layout.routing import RoutingRule, chosen_rule
 from qerl_rl.layout.slots import LANGUAGE_MODEL, VALUE, padded_vocabulary
 from qerl_rl.model.adapted import LayerWeights
 from qerl_rl.model.experts import StackedExperts
@@ -74,7 +75,7 @@ def build_model(
     trains_base = lora is None
     model = GPTModel(
         config,
-        _block_spec(architecture, lora, formats, sizes),
+        _block_spec(architecture, lora, formats, sizes, chosen_rule(architecture.routing, architecture.experts, train)),
         vocab_size=padded_vocabulary(architecture, sizes),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -104,7 +105,9 @@ def build_model(
 def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> TransformerConfig:
     """Megatron's configuration of the model and the layout."""
     dtype, stages = DTYPES[train.dtype], train.stage_layers
-    kind, sizes = (MLATransformerConfig, _latent_sizes(architecture)) if architecture.latent else (TransformerConfig, {})
+    kind, sizes = (
+        (MLATransformerConfig, _latent_sizes(architecture)) if architecture.latent else (TransformerConfig, {})
+    )
     return kind(
         **sizes,
         num_layers=architecture.layers,
@@ -117,7 +120,8 @@ def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> Tra
         moe_shared_expert_intermediate_size=architecture.shared_expert_width or None,
         num_moe_experts=architecture.experts,
         moe_router_topk=architecture.experts_per_token,
-        moe_router_pre_softmax=not architecture.normalized_top_k,
+        # Routers follow a RoutingRule; Megatron demands this of those that take one expert a token.
+        moe_router_pre_softmax=True,
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_dtype="fp32",
@@ -179,7 +183,11 @@ def _recompute(kind: str) -> dict[str, Any]:
 
 
 def _block_spec(
-    architecture: MoeArchitecture, lora: LoraConfig | None, formats: SlotFormats, sizes: ParallelSizes
+    architecture: MoeArchitecture,
+    lora: LoraConfig | None,
+    formats: SlotFormats,
+    sizes: ParallelSizes,
+    rule: RoutingRule,
 ) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with this project's norm, attention, linear layers and experts in it.
 
@@ -190,8 +198,11 @@ def _block_spec(
     layers = []
     for number in range(first, end):
         own = {name: format for (layer, name), format in formats.items() if layer == number}
-        mlp = _experts_spec if architecture.has_experts(number) else _dense_spec
-        layers.append(_layer_spec(_attention_spec(architecture, lora, own), mlp(architecture, lora, own)))
+        if architecture.has_experts(number):
+            mlp = _experts_spec(architecture, lora, own, rule)
+        else:
+            mlp = ModuleSpec(module=MLP, submodules=_mlp_submodules("mlp", lora, own))
+        layers.append(_layer_spec(_attention_spec(architecture, lora, own), mlp))
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
@@ -248,11 +259,6 @@ def _attention_spec(
     )
 
 
-def _dense_spec(architecture: MoeArchitecture, lora: LoraConfig | None, formats: Mapping[str, Format]) -> ModuleSpec:
-    """The MLP of a layer without experts."""
-    return ModuleSpec(module=MLP, submodules=_mlp_submodules("mlp", lora, formats))
-
-
 def _mlp_submodules(name: str, lora: LoraConfig | None, formats: Mapping[str, Format]) -> MLPSubmodules:
     """Of an MLP that every token passes."""
     adapted = lora if lora and lora.shared_experts else None
@@ -262,7 +268,9 @@ def _mlp_submodules(name: str, lora: LoraConfig | None, formats: Mapping[str, Fo
     )
 
 
-def _experts_spec(architecture: MoeArchitecture, lora: LoraConfig | None, formats: Mapping[str, Format]) -> ModuleSpec:
+def _experts_spec(
+    architecture: MoeArchitecture, lora: LoraConfig | None, formats: Mapping[str, Format], rule: RoutingRule
+) -> ModuleSpec:
     """Routed experts, and shared ones beside them."""
     prefix = "mlp.experts."
     of_experts = {name.removeprefix(prefix): format for name, format in formats.items() if name.startswith(prefix)}
@@ -273,7 +281,8 @@ def _experts_spec(architecture: MoeArchitecture, lora: LoraConfig | None, format
         submodules=_mlp_submodules("mlp.shared_experts", lora, formats),
     )
     experts = ModuleSpec(module=StackedExperts, params={"weights": experts_weights})
-    return ModuleSpec(module=ReplayingMoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
+    submodules = MoESubmodules(experts=experts, shared_experts=shared)
+    return ModuleSpec(module=ReplayingMoELayer, submodules=submodules, params={"rule": rule})
 
 
 def _linear(kind: type[ColumnLinear | RowLinear], format: Format | None, lora: LoraConfig | None) -> Any:

@@ -25,9 +25,7 @@ def moved_tensors(config: Config, architecture: MoeArchitecture) -> Tensors:
     return Weights(formats, getattr(torch, config.rollout.dtype))
 
 
-def source_layout(
-    config: Config, architecture: MoeArchitecture, tensors: Tensors
-) -> TrainLayout:
+def source_layout(config: Config, architecture: MoeArchitecture, tensors: Tensors) -> TrainLayout:
     """The trainer's."""
     return TrainLayout(architecture, parallel_sizes(config.train), config.cluster.workers, tensors)
 
@@ -38,9 +36,7 @@ def target_layout(config: Config, architecture: MoeArchitecture, tensors: Tensor
     return EngineLayout(architecture, rollout.tensor_parallel, rollout.data_parallel, rollout.expert_parallel, tensors)
 
 
-def plan_of(
-    config: Config, architecture: MoeArchitecture, ranks_per_node: int
-) -> Plan:
+def plan_of(config: Config, architecture: MoeArchitecture, ranks_per_node: int) -> Plan:
     """The plan of a launch file's swaps to rollout. Raises: ConfigError where a layout can't hold this model."""
     tensors = moved_tensors(config, architecture)
     return make_plan(

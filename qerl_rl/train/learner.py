@@ -17,6 +17,7 @@ from qerl_rl.config.schema import Config, TrainConfig
 from qerl_rl.platform.state_store import StateStore
 from qerl_rl.train import checkpoint
 from qerl_rl.train.exchange import sum_over_ranks
+from qerl_rl.train.load_balance import balance_metrics, load_balances
 from qerl_rl.train.model_engine import ModelEngine
 from qerl_rl.train.samples import Samples
 
@@ -69,7 +70,8 @@ class LearningEngine(ModelEngine):
             tokens of weight * loss with its gradients, and sums over the tokens (or pairs) by name. Scores are
             log_probs and entropy of a policy, the values of a critic.
         Returns, the same on every rank: each metric divided by all response tokens (or pairs), `loss` (divided by all
-            tokens, samples or pairs), `grad_norm` (before clipping) and `learning_rate`.
+            tokens, samples or pairs), `grad_norm` (before clipping) and `learning_rate`; with
+            train.router_load_balancing=aux_loss what `balance_metrics` says.
         Raises: ValueError when no rank has a response token; FloatingPointError when the gradient norm is not finite.
         """
         self._require_state("update")
@@ -80,7 +82,11 @@ class LearningEngine(ModelEngine):
         self._state.set_learning_rate(learning_rate)
         self._state.zero_gradients()
         constant = self.config.loss_constant_tokens
-        sums = self._passes.accumulate_gradients(packs, loss_function, aggregation=aggregation, constant=constant)
+        balances = load_balances(packs, self.config.train.router_aux_loss_coefficient, aggregation, constant)
+        sums = self._passes.accumulate_gradients(
+            packs, loss_function, aggregation=aggregation, constant=constant, balances=balances
+        )
+        balance = balance_metrics(balances, self.device)
         counts = {"#tokens": float(samples.response_tokens), "#samples": float(len(samples))}
         totals = sum_over_ranks({**sums, **counts} if self.is_output_rank else {}, self.device)
         tokens, sequences = totals.pop("#tokens"), totals.pop("#samples")
@@ -93,6 +99,7 @@ class LearningEngine(ModelEngine):
         counted = sequences / 2 if aggregation == PAIR_MEAN else tokens
         metrics = {name: value / counted for name, value in totals.items() if name != "loss"}
         loss = totals["loss"] / (counted if aggregation in (TOKEN_MEAN, PAIR_MEAN) else sequences)
+        metrics |= balance
         return {**metrics, "loss": loss, "grad_norm": float(grad_norm), "learning_rate": learning_rate}
 
     def _learning_rate(self) -> float:

@@ -88,7 +88,6 @@ def test_sliding_window_as_long_as_the_context_is_full_attention(tmp_path: Path)
         (TrainConfig(pipeline_parallel=4), "pipeline_parallel=4", "1 or 2 or 3"),
         (TrainConfig(expert_parallel=3), "expert_parallel=3", "1 or 2"),
         (TrainConfig(tensor_parallel=2, sequence_parallel=False), "sequence_parallel=false", "true"),
-        (TrainConfig(expert_parallel=2, token_dispatcher="allgather"), "token_dispatcher=allgather", "alltoall"),
     ],
 )
 def test_layouts_that_do_not_fit_the_model_are_refused_with_the_fix(

@@ -71,11 +71,13 @@ def v2_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def v3_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """Sigmoid scores with a bias in the choice (noaux_tc); a group counts as much as its two best experts."""
-    rule = _rule(config, SIGMOID, groups=config["n_group"] or 1, best_of_group=2)
-    return {**_sizes(config), "rule": rule, "router_bias": True}
+    rule = _rule(config, SIGMOID, groups=config["n_group"] or 1, best_of_group=2, has_bias=True)
+    return {**_sizes(config), "rule": rule}
 
 
-def _rule(config: Mapping[str, Any], scores: str, *, groups: int, best_of_group: int) -> RoutingRule:
+def _rule(
+    config: Mapping[str, Any], scores: str, *, groups: int, best_of_group: int, has_bias: bool = False
+) -> RoutingRule:
     return RoutingRule(
         top_k=config["num_experts_per_tok"],
         choice=GROUP_LIMITED if groups > 1 else TOP_K,
@@ -85,6 +87,7 @@ def _rule(config: Mapping[str, Any], scores: str, *, groups: int, best_of_group:
         groups=groups,
         chosen_groups=config["topk_group"] if groups > 1 else 1,
         best_of_group=best_of_group,
+        has_bias=has_bias,
     )
 
 
