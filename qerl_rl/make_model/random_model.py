@@ -36,6 +36,9 @@ _FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
 }
 
 
+NO_AUXILIARY_LOSS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+
+
 @dataclass(frozen=True)
 class MoeSizes:
     """Sizes of a small MoE model; `tied`, `norm_topk_prob` and `shared_expert_width` where the family knows them."""
@@ -136,7 +139,8 @@ def _deepseek_options(family: str, sizes: MoeSizes) -> dict[str, Any]:
         "topk_group": min(2, sizes.groups),
         "routed_scaling_factor": sizes.routed_scaling,
         "rope_parameters": rope,
-        **({"topk_method": method, "norm_topk_prob": False} if family == "deepseek_v2" else {}),
+        # transformers' V3 needs no word for how it chooses; vLLM does.
+        **({"topk_method": method, "norm_topk_prob": False} if family == "deepseek_v2" else NO_AUXILIARY_LOSS),
     }
 
 
