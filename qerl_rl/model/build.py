@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from qerl_rl.config.schema import LoraConfig, TrainConfig
 from qerl_rl.layout.architecture import MoeArchitecture, check_layout
 from qerl_rl.layout.blocks import ParallelSizes
-from qerl_rl.layout.routing import RoutingRule, chosen_rule
+from qerl_rl.layout.routing import chosen_rule
 from qerl_rl.layout.slots import LANGUAGE_MODEL, VALUE, padded_vocabulary
 from qerl_rl.model.adapted import LayerWeights
 from qerl_rl.model.experts import StackedExperts
@@ -69,10 +69,12 @@ def build_model(
     check_layout(architecture, train)
     check_format_layout(architecture, formats, sizes)
     config = transformer_config(architecture, train)
+    rule = chosen_rule(architecture.routing, architecture.experts, train)
+    routing = {"rule": rule, "dispatcher": train.token_dispatcher}
     trains_base = lora is None
     model = GPTModel(
         config,
-        _block_spec(architecture, lora, formats, sizes, chosen_rule(architecture.routing, architecture.experts, train)),
+        _block_spec(architecture, lora, formats, sizes, routing),
         vocab_size=padded_vocabulary(architecture, sizes),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -118,7 +120,8 @@ def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> Tra
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_dtype="fp32",
-        moe_token_dispatcher_type=train.token_dispatcher,
+        # ReplayingMoELayer makes the one of train.token_dispatcher: Megatron refuses others under pipeline parallelism.
+        moe_token_dispatcher_type="alltoall",
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -162,7 +165,7 @@ def _block_spec(
     lora: LoraConfig | None,
     formats: SlotFormats,
     sizes: ParallelSizes,
-    rule: RoutingRule,
+    routing: Mapping[str, Any],
 ) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with this project's norm, attention, linear layers and experts in it.
 
@@ -174,14 +177,14 @@ def _block_spec(
         number: {name: format for (layer, name), format in formats.items() if layer == number}
         for number in range(first, first + count)
     }
-    layers = [_layer_spec(architecture, lora, own[number], rule) for number in range(first, first + count)]
+    layers = [_layer_spec(architecture, lora, own[number], routing) for number in range(first, first + count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def _layer_spec(
-    architecture: MoeArchitecture, lora: LoraConfig | None, formats: Mapping[str, Format], rule: RoutingRule
+    architecture: MoeArchitecture, lora: LoraConfig | None, formats: Mapping[str, Format], routing: Mapping[str, Any]
 ) -> ModuleSpec:
-    """Args: formats: of the layer's weights, by the names of their slots."""
+    """Args: formats: of the layer's weights, by the names of their slots. routing: of `ReplayingMoELayer`."""
     head_norm = RMSNorm if architecture.qk_norm else IdentityOp
     of_attention = lora if lora and lora.attention else None
     attention = ModuleSpec(
@@ -214,7 +217,7 @@ def _layer_spec(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=ReplayingMoELayer, submodules=experts, params={"rule": rule}),
+            mlp=ModuleSpec(module=ReplayingMoELayer, submodules=experts, params=dict(routing)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
