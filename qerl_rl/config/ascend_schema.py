@@ -12,6 +12,8 @@ class AscendConfig:
     qerl_rl/rollout/ascend_options.py says which option of the engine each key becomes.
     """
 
+    card: str = "auto"
+    """What the run is for: a2 (910B), a3 (910C) or auto. Rules that differ between them are checked by it."""
     graph_mode: str = "auto"
     """What is captured as a graph with rollout.enforce_eager: false. full_decode_only (whole steps of decoding, nothing
     else), piecewise (what lies between attention layers), full, full_and_piecewise, or auto (the engine's choice)."""
@@ -65,12 +67,19 @@ class AscendConfig:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment variables of the engine that these keys decide."""
+        """The environment variables of the engine that these keys decide, with their values."""
+        values = {name: getattr(self, key) for name, key in VARIABLE_KEYS.items()}
         return {
-            "VLLM_ASCEND_ENABLE_NZ": str(self.weight_nz_mode),
-            "VLLM_ASCEND_ENABLE_MATMUL_ALLREDUCE": str(int(self.matmul_all_reduce)),
-            "VLLM_ASCEND_ENABLE_FLASHCOMM1": str(int(self.flash_comm)),
-            "VLLM_ASCEND_ENABLE_FUSED_MC2": str(self.fused_mc2),
-            "VLLM_BATCH_INVARIANT": str(int(self.batch_invariant)),
-            "DYNAMIC_EPLB": str(self.dynamic_eplb).lower(),
+            name: str(int(value)) if name != "DYNAMIC_EPLB" else str(value).lower() for name, value in values.items()
         }
+
+
+VARIABLE_KEYS = {
+    "VLLM_ASCEND_ENABLE_NZ": "weight_nz_mode",
+    "VLLM_ASCEND_ENABLE_MATMUL_ALLREDUCE": "matmul_all_reduce",
+    "VLLM_ASCEND_ENABLE_FLASHCOMM1": "flash_comm",
+    "VLLM_ASCEND_ENABLE_FUSED_MC2": "fused_mc2",
+    "VLLM_BATCH_INVARIANT": "batch_invariant",
+    "DYNAMIC_EPLB": "dynamic_eplb",
+}
+"""Which key of rollout.ascend decides an environment variable of vLLM or vllm-ascend."""

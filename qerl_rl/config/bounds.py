@@ -11,6 +11,7 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "train.recompute": ("none", "full", "selective"),
     "rollout.dtype": ("float32", "bfloat16"),
     "rollout.kv_cache_dtype": ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8"),
+    "rollout.ascend.card": ("auto", "a2", "a3"),
     "rollout.ascend.graph_mode": ("auto", "piecewise", "full", "full_decode_only", "full_and_piecewise"),
     "rollout.ascend.weight_nz_mode": (0, 1, 2),
     "rollout.ascend.fused_mc2": (0, 1, 2),
