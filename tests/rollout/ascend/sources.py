@@ -50,8 +50,8 @@ def _downloaded(distribution: str, folder: str) -> Path:
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
         raise RuntimeError(
-            f"{distribution}=={VERSION} can't be downloaded: {found.stderr.strip()}\n  fix: let pip reach an index that "
-            f"has it, once; its sources are then kept in {CACHE}"
+            f"{distribution}=={VERSION} can't be downloaded: {found.stderr.strip()}\n  fix: let pip reach an index "
+            f"that has it, once; its sources are then kept in {CACHE}"
         )
     [wheel] = Path(folder).glob("*.whl")
     return wheel
