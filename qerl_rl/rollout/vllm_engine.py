@@ -38,6 +38,7 @@ from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
 from qerl_rl.rollout.routing import no_experts, routing_engine
 from qerl_rl.rollout.score import score
+from qerl_rl.rollout.vllm_objects import model_runner
 from qerl_rl.rollout.weight_memory import ByteStore, WeightMemory, drop_unused_copies
 from qerl_rl.rollout.weight_target import WeightTarget
 
@@ -80,7 +81,7 @@ class VllmEngine:
             check_engine(self._plan, rollout)
             arguments = engine_arguments(self._plan, rollout, max_length, seed)
             self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
-        runner = self._engine.model_executor.driver_worker.worker.model_runner
+        runner = model_runner(self._engine)
         drop_unused_copies(runner.model)
         self._weight_memory = WeightMemory(runner.model)
         self._adapters: AdapterSet | MergedAdapters | None = None
@@ -96,7 +97,7 @@ class VllmEngine:
         self._lending = Lending(runner.model, writes_weights=not isinstance(self._adapters, AdapterSet))
         self._weight_target: WeightTarget | None = None
         self._noise = NormNoise(runner.model)
-        self._no_experts = no_experts(self._engine) if record_routing else None
+        self._no_experts = no_experts(self._architecture) if record_routing else None
         self._kv_cache = KvCacheMemory(runner.kv_caches)
 
     def generate(
@@ -301,7 +302,7 @@ class VllmEngine:
     @property
     def model(self) -> torch.nn.Module:
         """vLLM's model on this rank."""
-        return self._engine.model_executor.driver_worker.worker.model_runner.model
+        return model_runner(self._engine).model
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes of this rank's weights (its shard, as packed) but those lent, of these, of adapters and KV cache."""
