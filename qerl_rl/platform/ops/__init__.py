@@ -20,7 +20,12 @@ from qerl_rl.platform.ops.noise import add_noise, normal_numbers
 from qerl_rl.platform.ops.norm import rms_norm
 from qerl_rl.platform.ops.permute import token_permute, token_unpermute
 from qerl_rl.platform.ops.quantize import dynamic_quantize, pack_int4, unpack_int4
-from qerl_rl.platform.ops.quantized_grouped_matmul import grouped_matmul_int4, grouped_matmul_int8
+from qerl_rl.platform.ops.quantized_grouped_matmul import (
+    grouped_matmul_int4,
+    grouped_matmul_int8,
+    grouped_matmul_int8_weights,
+)
+from qerl_rl.platform.ops.repack import repack_int4
 from qerl_rl.platform.ops.rotary import rotary
 
 __all__ = [
@@ -30,10 +35,12 @@ __all__ = [
     "grouped_matmul",
     "grouped_matmul_int4",
     "grouped_matmul_int8",
+    "grouped_matmul_int8_weights",
     "normal_numbers",
     "on_npu",
     "pack_int4",
     "packed_attention",
+    "repack_int4",
     "rms_norm",
     "rotary",
     "swiglu",
