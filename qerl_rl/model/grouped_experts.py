@@ -69,7 +69,7 @@ class _FrozenProduct(torch.autograd.Function):
             gradient = (gradient * scales).to(dtype)
         if _is_int8(base, dtype):
             return grouped_matmul_int8_weights(gradient, base.tensors[0].transpose(1, 2), rows), None, None
-        # Scales of groups of a row belong to this product's outputs and not to what it adds up: no kernel takes them so.
+        # Scales of groups of a row are not those of this product's columns, and a kernel has no others.
         return grouped_matmul(gradient, _floats(base, dtype, rows).transpose(1, 2), rows), None, None
 
 

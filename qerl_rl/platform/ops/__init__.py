@@ -16,6 +16,7 @@ from qerl_rl.platform.ops.checks import on_npu
 from qerl_rl.platform.ops.format_cast import to_fractal_nz
 from qerl_rl.platform.ops.gating import gating_top_k_softmax
 from qerl_rl.platform.ops.grouped_matmul import grouped_matmul
+from qerl_rl.platform.ops.int4_experts import MOST_PAIRS, Int4Matrices, decode_experts_int4
 from qerl_rl.platform.ops.noise import add_noise, normal_numbers
 from qerl_rl.platform.ops.norm import rms_norm
 from qerl_rl.platform.ops.permute import token_permute, token_unpermute
@@ -29,7 +30,10 @@ from qerl_rl.platform.ops.repack import repack_int4
 from qerl_rl.platform.ops.rotary import rotary
 
 __all__ = [
+    "MOST_PAIRS",
+    "Int4Matrices",
     "add_noise",
+    "decode_experts_int4",
     "dynamic_quantize",
     "gating_top_k_softmax",
     "grouped_matmul",

@@ -8,7 +8,7 @@ from qerl_rl.platform.ops.checks import has_triton, require
 from qerl_rl.platform.ops.quantize import INT4_IN_INT32, pack_int4, unpack_int4
 
 SIGNS = -0x77777778
-"""The bits 0x88888888 as an int32: flipping the highest bit of a code that is 8 too large gives its two's complement."""
+"""0x88888888 as an int32. A code that is 8 too large with its highest bit turned round is its two's complement."""
 
 
 def repack_int4(packed: torch.Tensor) -> torch.Tensor:
