@@ -1,4 +1,4 @@
-"""One or more uses of every operator of platform.ops, on the tensors of any device."""
+"""One or more uses of every operator of platform.ops (but that of Triton alone), on the tensors of any device."""
 
 from __future__ import annotations
 
