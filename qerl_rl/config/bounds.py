@@ -5,7 +5,7 @@ from __future__ import annotations
 CHOICES: dict[str, tuple[str, ...]] = {
     "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
     "model.share_base": ("auto", "never"),
-    "train.device": ("auto", "cpu", "cuda", "npu"),
+    "train.device": ("auto", "cpu", "cuda", "npu", "npu-sim"),
     "train.dtype": ("float32", "bfloat16"),
     "train.token_dispatcher": ("alltoall", "allgather"),
     "train.recompute": ("none", "full", "selective"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qerl_rl.platform.cpu_adaptor import existing, replace
+from qerl_rl.platform.cpu_adaptor import empty_fp8_shards, existing, replace
 from qerl_rl.platform.ops import rotary
 
 
@@ -16,6 +16,8 @@ def apply() -> None:
     importlib.import_module("torch_npu.contrib.transfer_to_npu")
     importlib.import_module("mindspeed.megatron_adaptor")
     device_capability()
+    # There is no Transformer Engine on an NPU either.
+    empty_fp8_shards()
     fused_rotary()
 
 

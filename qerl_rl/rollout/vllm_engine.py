@@ -384,13 +384,20 @@ def _engine_args(plan: LoadPlan, rollout: RolloutConfig, max_length: int, seed: 
 
 @contextlib.contextmanager
 def _process_state_kept() -> Iterator[None]:
-    """Undo what constructing vLLM does to its process: it seeds every generator and disables set_num_threads."""
+    """Undo what constructing vLLM does to its process: it seeds every generator and disables set_num_threads.
+
+    On CPU it also takes streams and events of any card away from torch, which a trainer on another device needs.
+    """
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     set_num_threads = torch.set_num_threads
+    of_card = ("Event", "Stream", "stream", "set_stream", "current_stream") if torch.cuda.is_available() else ()
+    kept = {name: getattr(torch.cuda, name) for name in of_card}
     try:
         yield
     finally:
         torch.set_num_threads = set_num_threads
+        for name, function in kept.items():
+            setattr(torch.cuda, name, function)
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)

@@ -6,6 +6,7 @@ other. Sums are float32 (float64 for integers), results have the types that the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -249,7 +250,7 @@ def _only(holds: bool, what: str) -> None:
         raise NotImplementedError(f"the simulated operator is for {what} only")
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "npu_rms_norm": rms_norm,
     "npu_rms_norm_backward": rms_norm_backward,
     "npu_swiglu": swiglu,
