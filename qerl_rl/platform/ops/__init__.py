@@ -16,24 +16,35 @@ from qerl_rl.platform.ops.checks import on_npu
 from qerl_rl.platform.ops.format_cast import to_fractal_nz
 from qerl_rl.platform.ops.gating import gating_top_k_softmax
 from qerl_rl.platform.ops.grouped_matmul import grouped_matmul
+from qerl_rl.platform.ops.int4_experts import MOST_PAIRS, Int4Matrices, decode_experts_int4
 from qerl_rl.platform.ops.noise import add_noise, normal_numbers
 from qerl_rl.platform.ops.norm import rms_norm
 from qerl_rl.platform.ops.permute import token_permute, token_unpermute
 from qerl_rl.platform.ops.quantize import dynamic_quantize, pack_int4, unpack_int4
-from qerl_rl.platform.ops.quantized_grouped_matmul import grouped_matmul_int4, grouped_matmul_int8
+from qerl_rl.platform.ops.quantized_grouped_matmul import (
+    grouped_matmul_int4,
+    grouped_matmul_int8,
+    grouped_matmul_int8_weights,
+)
+from qerl_rl.platform.ops.repack import repack_int4
 from qerl_rl.platform.ops.rotary import rotary
 
 __all__ = [
+    "MOST_PAIRS",
+    "Int4Matrices",
     "add_noise",
+    "decode_experts_int4",
     "dynamic_quantize",
     "gating_top_k_softmax",
     "grouped_matmul",
     "grouped_matmul_int4",
     "grouped_matmul_int8",
+    "grouped_matmul_int8_weights",
     "normal_numbers",
     "on_npu",
     "pack_int4",
     "packed_attention",
+    "repack_int4",
     "rms_norm",
     "rotary",
     "swiglu",
