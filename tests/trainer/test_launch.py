@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from transfer_dock.arena import SHARED_MEMORY, sweep
+from tests.shared_memory import dock_files
+from tests.trainer.runs import finished
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = {
@@ -95,20 +96,15 @@ def environment(folder):
     return os.environ | {"QERL_TEST_RUN": str(folder)}
 
 
-def assert_nothing_is_left(folder):
+def assert_no_process_is_left(folder):
     _, alive = psutil.wait_procs(descendants_of_ray(folder), timeout=20)
     assert not alive, [" ".join(process.cmdline())[:120] for process in alive]
-    assert sweep(SHARED_MEMORY) == [], "the dock's memory"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layout):
     model = tiny_w8a8("qwen3_moe")
-    run = subprocess.run(
-        command(model, tmp_path, *LAYOUTS[layout], *ALGORITHMS[layout]),
-        cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=420, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    printed = finished(command(model, tmp_path, *LAYOUTS[layout], *ALGORITHMS[layout]), environment(tmp_path))
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
@@ -124,7 +120,7 @@ def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layo
     for name in ["reward.png", "config.yaml", "profile/update.json", "checkpoints", "export/adapter"]:
         assert (tmp_path / name).exists(), name
     assert list((tmp_path / "tensorboard").glob("events.*"))
-    assert "reward" in run.stdout
+    assert "reward" in printed
     if "algorithm.kl_in=reward" in ALGORITHMS[layout]:
         # No KL yet: the controller lets go by 20 % x 32 samples / 64. Nearly all responses reach their limit.
         assert [step["kl/coefficient"] for step in steps] == pytest.approx([0.1, 0.09])
@@ -143,7 +139,7 @@ def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layo
         assert not [name for name in steps[0] if name.startswith("router_replay/")]
     assert_ledger(tmp_path)
     assert_export_loads(tmp_path)
-    assert_nothing_is_left(tmp_path)
+    assert_no_process_is_left(tmp_path)
 
 
 def assert_rewards(steps, layout):
@@ -204,6 +200,7 @@ def running(model, folder, *overrides):
     try:
         assert process.stdout is not None
         assert any(re.match(r"step +1/1000  reward", line) for line in process.stdout), process.communicate()
+        assert dock_files(process.pid), "what must be gone when it has ended"
         yield process
     finally:
         process.kill()
@@ -222,7 +219,8 @@ def test_an_interrupted_run_stops_every_process(tmp_path, tiny_w8a8, stop):
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, output + errors
     assert errors.strip() == "interrupted: every process of the run was stopped."
-    assert_nothing_is_left(tmp_path)
+    assert_no_process_is_left(tmp_path)
+    assert dock_files(process.pid) == []
 
 
 def test_a_worker_that_dies_ends_the_run_with_its_name(tmp_path, tiny_w8a8):
@@ -234,4 +232,5 @@ def test_a_worker_that_dies_ends_the_run_with_its_name(tmp_path, tiny_w8a8):
     assert process.returncode == 1, output + errors
     assert "run failed: worker" in errors
     assert "Traceback" not in errors
-    assert_nothing_is_left(tmp_path)
+    assert_no_process_is_left(tmp_path)
+    assert dock_files(process.pid) == []
