@@ -10,6 +10,7 @@ from typing import Any
 from qerl_rl.config.bounds import AT_LEAST, CHOICES, POSITIVE
 from qerl_rl.config.correction_checks import Fault, correction_fault
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.profiler_checks import profiler_fault
 from qerl_rl.config.schema import Config
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "mse")
@@ -352,4 +353,5 @@ CHECKS = (
     _check_paths,
     _check_reward,
     _check_data,
+    profiler_fault,
 )

@@ -16,6 +16,7 @@ from qerl_rl.config.learning_schema import (
     RewardModelConfig,
     RolloutCorrectionConfig,
 )
+from qerl_rl.config.profiler_schema import ProfilerConfig
 
 
 @dataclass(frozen=True)
@@ -282,14 +283,6 @@ class TrackConfig:
     samples_per_step: int = 8
     console: str = "auto"
     """auto (live display on a terminal, lines otherwise), lines or quiet."""
-
-
-@dataclass(frozen=True)
-class ProfilerConfig:
-    """torch.profiler around one step's update on rank 0; a Chrome trace in run.output_dir/profile."""
-
-    step: int = 0
-    """The step to record, counted from 1; 0 records none."""
 
 
 @dataclass(frozen=True)
