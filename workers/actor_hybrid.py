@@ -71,7 +71,7 @@ class ActorHybridWorker:
         from qerl_rl.platform import detect, prepare_megatron
 
         device = detect(self.config.train.device)
-        prepare_megatron(device)
+        prepare_megatron(device, self.config)
         import torch
 
         torch.distributed.init_process_group(device.collective_backend, rank=self.rank, world_size=self.world_size)

@@ -16,6 +16,7 @@ from qerl_rl.config.learning_schema import (
     RewardModelConfig,
     RolloutCorrectionConfig,
 )
+from qerl_rl.config.mindspeed_schema import MindSpeedConfig
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class ModelConfig:
     """Folder with the HF config, the tokenizer and the (quantized) safetensors."""
     max_length: int = 512
     """Tokens of prompt and response together."""
+    provider: str = "megatron"
+    """Whose patches Megatron's model gets on NPUs: megatron (MindSpeed's own) or mindspeed_llm (MindSpeed-LLM's)."""
     share_base: str = "auto"
     """auto (a process stores frozen weights once where both engines can read one layout of them) or never."""
 
@@ -74,6 +77,9 @@ class TrainConfig:
     """alltoall or allgather."""
     recompute: str = "none"
     """none, full (every layer again in backward) or selective (attention and experts)."""
+    recompute_method: str = "uniform"
+    """With full: uniform (all layers, recompute_layers of them from one stored input) or block (only that many)."""
+    recompute_layers: int = 1
     micro_batch_tokens: int = 2048
     """Tokens packed into one micro-batch of a rank (a single longer sample still makes one)."""
     learning_rate: float = 1e-4
@@ -84,6 +90,7 @@ class TrainConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0
+    mindspeed: MindSpeedConfig = field(default_factory=MindSpeedConfig)
 
 
 @dataclass(frozen=True)
