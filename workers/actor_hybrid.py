@@ -87,7 +87,7 @@ class ActorHybridWorker:
 
         device = detect(self.config.train.device)
         device.select(local_rank)
-        prepare_megatron(device)
+        prepare_megatron(device, self.config)
         import torch
 
         torch.distributed.init_process_group(device.collective_backend, rank=self.rank, world_size=self.world_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 CHOICES: dict[str, tuple[str | int, ...]] = {
     "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
     "model.share_base": ("auto", "never"),
+    "model.provider": ("megatron", "mindspeed_llm"),
     "train.device": ("auto", "cpu", "cuda", "npu", "npu-sim"),
     "train.dtype": ("float32", "bfloat16"),
     "train.token_dispatcher": ("alltoall", "allgather", "alltoall_seq"),
@@ -18,6 +19,16 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
         "sparsemixer_topk",
     ),
     "train.recompute": ("none", "full", "selective"),
+    "train.recompute_method": ("uniform", "block"),
+    "train.mindspeed.optimizer_selection": ("fused_adamw", "fused_torch_adamw", "fused_ema_adamw"),
+    "train.mindspeed.moe_zero_memory": ("disable", "level0", "level1"),
+    "train.mindspeed.context_parallel_algo": (
+        "megatron_cp_algo",
+        "ulysses_cp_algo",
+        "hybrid_cp_algo",
+        "hybrid_adaptive_cp_algo",
+        "kvallgather_cp_algo",
+    ),
     "rollout.dtype": ("float32", "bfloat16"),
     "rollout.kv_cache_dtype": ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8"),
     "rollout.ascend.card": ("auto", "a2", "a3"),
@@ -54,6 +65,7 @@ AT_LEAST = {
     1: """algorithm.kl_horizon algorithm.sampling_rounds
     run.steps cluster.workers cluster.threads_per_worker model.max_length train.tensor_parallel
     train.pipeline_parallel train.expert_parallel train.expert_tensor_parallel train.micro_batch_tokens
+    train.recompute_layers train.mindspeed.context_parallel_size
     rollout.tensor_parallel rollout.data_parallel rollout.max_sequences rollout.max_batched_tokens
     rollout.kv_cache_bytes rollout.kv_block_tokens rollout.carry_max_age
     rollout.ascend.eplb_collection_steps rollout.ascend.eplb_algorithm_steps
@@ -63,7 +75,8 @@ AT_LEAST = {
     eval.prompts track.samples_per_step algorithm.samples_per_prompt""",
     2: "noise.stages",
     1024: "swap.bucket_bytes",
-    0: """dpo.flip_probability critic.learning_rate critic.warmup_steps critic.head_start_steps reward_model.max_length
+    0: """train.mindspeed.optimization_level train.mindspeed.moe_zero_memory_num_layers
+    dpo.flip_probability critic.learning_rate critic.warmup_steps critic.head_start_steps reward_model.max_length
     reward.memory_bytes data.max_prompt_tokens
     lora.rank cluster.cpus_per_worker train.learning_rate train.warmup_steps train.weight_decay train.max_grad_norm
     rollout.ascend.max_capture_size rollout.ascend.eplb_redundant_experts

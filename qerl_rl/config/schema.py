@@ -17,6 +17,7 @@ from qerl_rl.config.learning_schema import (
     RewardModelConfig,
     RolloutCorrectionConfig,
 )
+from qerl_rl.config.mindspeed_schema import MindSpeedConfig
 from qerl_rl.config.profiler_schema import ProfilerConfig
 from qerl_rl.config.router_schema import RouterConfig
 
@@ -55,6 +56,8 @@ class ModelConfig:
     """Folder with the HF config, the tokenizer and the (quantized) safetensors."""
     max_length: int = 512
     """Tokens of prompt and response together."""
+    provider: str = "megatron"
+    """Whose patches Megatron's model gets on NPUs: megatron (MindSpeed's own) or mindspeed_llm (MindSpeed-LLM's)."""
     share_base: str = "auto"
     """auto (a process stores frozen weights once where both engines can read one layout of them) or never."""
 
@@ -79,6 +82,9 @@ class TrainConfig(RouterConfig):
     """alltoall, allgather or alltoall_seq (docs/routing.md): how tokens reach the ranks of their experts."""
     recompute: str = "none"
     """none, full (every layer again in backward) or selective (attention and experts)."""
+    recompute_method: str = "uniform"
+    """With full: uniform (all layers, recompute_layers of them from one stored input) or block (only that many)."""
+    recompute_layers: int = 1
     micro_batch_tokens: int = 2048
     """Tokens packed into one micro-batch of a rank (a single longer sample still makes one)."""
     learning_rate: float = 1e-4
@@ -89,6 +95,7 @@ class TrainConfig(RouterConfig):
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0
+    mindspeed: MindSpeedConfig = field(default_factory=MindSpeedConfig)
 
     @property
     def stage_layers(self) -> tuple[int, ...]:

@@ -156,7 +156,7 @@ def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> Tra
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        **_recompute(train.recompute),
+        **_recompute(train),
     )
 
 
@@ -177,11 +177,17 @@ def _latent_sizes(architecture: MoeArchitecture) -> dict[str, Any]:
     }
 
 
-def _recompute(kind: str) -> dict[str, Any]:
-    if kind == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if kind == "selective":
+def _recompute(train: TrainConfig) -> dict[str, Any]:
+    if train.recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": train.recompute_method,
+            "recompute_num_layers": train.recompute_layers,
+        }
+    if train.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]}
+    if train.mindspeed.moe_layer_recompute:
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     return {}
 
 

@@ -5,8 +5,11 @@ The device of the tensors chooses: npu takes the kernel, every other device the 
 kernels of torch_npu, and some real ones, accept wrong shapes, so that each function checks what it is given. Where
 torch_npu has no gradient of its own, an autograd function around forward and backward calls is here.
 
+`leave_out` lets a run do without some of them, to find out which one a difference is from.
+
 What is called where: `torch_modules` normalizes and attends by `rms_norm` and `packed_attention`, the experts use
-`weighted_swiglu` and (on an NPU) `grouped_matmul`, `npu_adaptor` gives Megatron `rotary`, `quant.noise` adds by
+`weighted_swiglu` and (on an NPU) `grouped_matmul`, `npu_adaptor` gives Megatron `rotary`
+and the two of the token dispatcher, `quant.noise` adds by
 `add_noise`. The others are what a W8A8 or W4A16 forward, a router and a dispatcher on an NPU are made of.
 """
 
@@ -28,6 +31,7 @@ from qerl_rl.platform.ops.quantized_grouped_matmul import (
 )
 from qerl_rl.platform.ops.repack import repack_int4
 from qerl_rl.platform.ops.rotary import rotary
+from qerl_rl.platform.ops.selection import fused, leave_out
 
 __all__ = [
     "MOST_PAIRS",
@@ -35,11 +39,13 @@ __all__ = [
     "add_noise",
     "decode_experts_int4",
     "dynamic_quantize",
+    "fused",
     "gating_top_k_softmax",
     "grouped_matmul",
     "grouped_matmul_int4",
     "grouped_matmul_int8",
     "grouped_matmul_int8_weights",
+    "leave_out",
     "normal_numbers",
     "on_npu",
     "pack_int4",
