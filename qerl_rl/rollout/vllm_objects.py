@@ -10,9 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 
+def engine_worker(engine: Any) -> Any:
+    """What holds the card of this process, for a vLLM LLMEngine without processes of its own."""
+    return engine.model_executor.driver_worker.worker
+
+
 def model_runner(engine: Any) -> Any:
-    """What computes in this process, for a vLLM LLMEngine without processes of its own."""
-    return engine.model_executor.driver_worker.worker.model_runner
+    """What computes in this process."""
+    return engine_worker(engine).model_runner
 
 
 CPU, NPU = "vllm 0.32.0 on a CPU", "vllm and vllm-ascend 0.23.0"

@@ -41,8 +41,8 @@ def rewrite(module: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     wrong = [name for name, tensor in stored.items() if name not in kept or kept[name].shape != tensor.shape]
     if wrong:
         raise RuntimeError(
-            f"{_scheme(module)} keeps {', '.join(wrong)} otherwise than vllm-ascend 0.23.0: install that version, or "
-            "bring qerl_rl/rollout/ascend/layouts.py up to date"
+            f"{scheme_name(module)} keeps {', '.join(wrong)} otherwise than vllm-ascend 0.23.0: install that version, "
+            "or bring qerl_rl/rollout/ascend/layouts.py up to date"
         )
     nz = _in_nz(layout)
     for name, tensor in stored.items():
@@ -73,7 +73,7 @@ def refresh_attention(module: Any, vllm_config: Any) -> None:
 
 def layout_of(module: Any) -> Layout:
     """How this layer's weights are kept. Raises: RuntimeError where that is not known, or they move between ranks."""
-    scheme = _scheme(module)
+    scheme = scheme_name(module)
     if scheme not in LAYOUTS:
         raise RuntimeError(
             f"weights that {scheme} of vllm-ascend keeps can't be replaced in a running engine: set quant.format to "
@@ -87,7 +87,7 @@ def layout_of(module: Any) -> Layout:
     return LAYOUTS[scheme]
 
 
-def _scheme(module: Any) -> str:
+def scheme_name(module: Any) -> str:
     """The class that keeps the weights: vllm-ascend's quantized methods only hand on to theirs."""
     method = module.quant_method
     return type(getattr(method, "quant_method", method)).__name__
