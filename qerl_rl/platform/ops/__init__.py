@@ -12,7 +12,7 @@ What is called where: `torch_modules` normalizes and attends by `rms_norm` and `
 
 from qerl_rl.platform.ops.activation import swiglu, weighted_swiglu, weighted_swiglu_backward
 from qerl_rl.platform.ops.attention import packed_attention
-from qerl_rl.platform.ops.checks import on_npu
+from qerl_rl.platform.ops.checks import has_triton_ascend, on_npu
 from qerl_rl.platform.ops.format_cast import to_fractal_nz
 from qerl_rl.platform.ops.gating import gating_top_k_softmax
 from qerl_rl.platform.ops.grouped_matmul import grouped_matmul
@@ -40,6 +40,7 @@ __all__ = [
     "grouped_matmul_int4",
     "grouped_matmul_int8",
     "grouped_matmul_int8_weights",
+    "has_triton_ascend",
     "normal_numbers",
     "on_npu",
     "pack_int4",
