@@ -79,7 +79,7 @@ class VllmEngine:
 
             from qerl_rl.rollout.vllm_patches import apply_patches, platform_name
 
-            apply_patches()
+            apply_patches(rollout)
             self._plan = LoadPlan(model_path, platform_name(), quantize_to, group_size)
             check_engine(self._plan, rollout)
             arguments = engine_arguments(self._plan, rollout, max_length, seed)

@@ -16,7 +16,7 @@ a dispatcher on an NPU are made of.
 
 from qerl_rl.platform.ops.activation import swiglu, weighted_swiglu, weighted_swiglu_backward
 from qerl_rl.platform.ops.attention import packed_attention
-from qerl_rl.platform.ops.checks import on_npu
+from qerl_rl.platform.ops.checks import has_triton_ascend, on_npu
 from qerl_rl.platform.ops.format_cast import to_fractal_nz
 from qerl_rl.platform.ops.gating import gating_top_k_softmax
 from qerl_rl.platform.ops.grouped_matmul import grouped_matmul
@@ -47,6 +47,7 @@ __all__ = [
     "grouped_matmul_int4",
     "grouped_matmul_int8",
     "grouped_matmul_int8_weights",
+    "has_triton_ascend",
     "leave_out",
     "normal_numbers",
     "on_npu",

@@ -19,11 +19,12 @@ def on_npu(tensor: torch.Tensor) -> bool:
 
 def has_triton(tensor: torch.Tensor) -> bool:
     """Whether Triton kernels run on this tensor: on CUDA always, on an NPU where triton-ascend is installed."""
-    return tensor.device.type == "cuda" or (on_npu(tensor) and _has_triton_ascend())
+    return tensor.device.type == "cuda" or (on_npu(tensor) and has_triton_ascend())
 
 
 @functools.cache
-def _has_triton_ascend() -> bool:
+def has_triton_ascend() -> bool:
+    """Whether the installed Triton makes kernels for NPUs."""
     # It is a Triton of its own, with one backend more.
     found = importlib.util.find_spec("triton") is not None
     return found and importlib.util.find_spec("triton.backends.ascend") is not None
