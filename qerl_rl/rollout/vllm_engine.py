@@ -25,10 +25,10 @@ from qerl_rl.quant.requantize import Survival
 from qerl_rl.rollout.adapters import AdapterSet
 from qerl_rl.rollout.collector import Collector, unfinished_samples
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest, LiveTarget
+from qerl_rl.rollout.engine_memory import engine_memory
 from qerl_rl.rollout.engine_options import engine_arguments
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.full_tensors import exchange_format, put
-from qerl_rl.rollout.kv_cache import KvCacheMemory
 from qerl_rl.rollout.lending import Lending
 from qerl_rl.rollout.limits import check_engine
 from qerl_rl.rollout.load_plan import LoadPlan
@@ -38,8 +38,8 @@ from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
 from qerl_rl.rollout.routing import no_experts, routing_engine
 from qerl_rl.rollout.score import score
-from qerl_rl.rollout.vllm_objects import model_runner
-from qerl_rl.rollout.weight_memory import ByteStore, WeightMemory, drop_unused_copies
+from qerl_rl.rollout.vllm_objects import engine_worker, model_runner
+from qerl_rl.rollout.weight_memory import ByteStore, drop_unused_copies
 from qerl_rl.rollout.weight_target import WeightTarget
 
 
@@ -81,9 +81,10 @@ class VllmEngine:
             check_engine(self._plan, rollout)
             arguments = engine_arguments(self._plan, rollout, max_length, seed)
             self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
-        runner = model_runner(self._engine)
+        worker = engine_worker(self._engine)
+        runner = worker.model_runner
         drop_unused_copies(runner.model)
-        self._weight_memory = WeightMemory(runner.model)
+        self._weight_memory, self._kv_cache = engine_memory(worker)
         self._adapters: AdapterSet | MergedAdapters | None = None
         self._architecture = MoeArchitecture.from_folder(model_path)
         self._rank, self._adapter_kinds = dist.get_rank() if dist.is_initialized() else 0, Adapters(lora)
@@ -98,7 +99,6 @@ class VllmEngine:
         self._weight_target: WeightTarget | None = None
         self._noise = NormNoise(runner.model)
         self._no_experts = no_experts(self._architecture) if record_routing else None
-        self._kv_cache = KvCacheMemory(runner.kv_caches)
 
     def generate(
         self,
@@ -219,6 +219,7 @@ class VllmEngine:
         """
         if self._adapters is not None:
             raise RuntimeError("weights for an engine with adapters: set lora.rank to 0")
+        self._weight_memory.make_writable()
         self.set_noise(Noise())
         if self._weight_target is None:
             self._weight_target = WeightTarget(self.model, self._engine.vllm_config, self._plan)
