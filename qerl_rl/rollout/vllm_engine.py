@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import random
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from qerl_rl.layout.tensors import Adapters, Tensors, Weights, full_tensors
 from qerl_rl.quant.noise import Noise
 from qerl_rl.quant.requantize import Survival
 from qerl_rl.rollout.adapters import AdapterSet
+from qerl_rl.rollout.ascend.capture import before_graphs_are_captured
 from qerl_rl.rollout.collector import Collector, unfinished_samples
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest, LiveTarget
 from qerl_rl.rollout.engine_memory import engine_memory
@@ -80,25 +83,32 @@ class VllmEngine:
             self._plan = LoadPlan(model_path, platform_name(), quantize_to, group_size)
             check_engine(self._plan, rollout)
             arguments = engine_arguments(self._plan, rollout, max_length, seed)
-            self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
+            self._adapters: AdapterSet | MergedAdapters | None = None
+            self._architecture = MoeArchitecture.from_folder(model_path)
+            self._rank, self._adapter_kinds = dist.get_rank() if dist.is_initialized() else 0, Adapters(lora)
+            attach = functools.partial(self._attach_adapters, lora=lora, seed=seed)
+            with before_graphs_are_captured(attach):
+                self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
         worker = engine_worker(self._engine)
         runner = worker.model_runner
         drop_unused_copies(runner.model)
         self._weight_memory, self._kv_cache = engine_memory(worker)
-        self._adapters: AdapterSet | MergedAdapters | None = None
-        self._architecture = MoeArchitecture.from_folder(model_path)
-        self._rank, self._adapter_kinds = dist.get_rank() if dist.is_initialized() else 0, Adapters(lora)
-        if merges_adapters(runner.model, lora):
-            finder = ShardFinder(self._architecture, self._layout(Weights()), self._rank)
-            shapes = self._layout(self._adapter_kinds).local_shapes(self._rank)
-            config = self._engine.vllm_config
-            self._adapters = MergedAdapters(runner.model, config, self._plan, lora, seed, finder, shapes)
-        elif has_adapters(lora):
-            self._adapters = AdapterSet(runner.model, lora)
+        if self._adapters is None:
+            attach(worker)
         self._lending = Lending(runner.model, writes_weights=not isinstance(self._adapters, AdapterSet))
         self._weight_target: WeightTarget | None = None
         self._noise = NormNoise(runner.model)
         self._no_experts = no_experts(self._architecture) if record_routing else None
+
+    def _attach_adapters(self, worker: Any, lora: LoraConfig, seed: int) -> None:
+        """Make what adapters change of the worker's model, if there are some."""
+        model = worker.model_runner.model
+        if merges_adapters(model, lora):
+            finder = ShardFinder(self._architecture, self._layout(Weights()), self._rank)
+            shapes = self._layout(self._adapter_kinds).local_shapes(self._rank)
+            self._adapters = MergedAdapters(model, worker.vllm_config, self._plan, lora, seed, finder, shapes)
+        elif has_adapters(lora):
+            self._adapters = AdapterSet(model, lora)
 
     def generate(
         self,

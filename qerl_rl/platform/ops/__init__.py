@@ -7,7 +7,8 @@ torch_npu has no gradient of its own, an autograd function around forward and ba
 
 What is called where: `torch_modules` normalizes and attends by `rms_norm` and `packed_attention`, the experts use
 `weighted_swiglu` and (on an NPU) `grouped_matmul`, `npu_adaptor` gives Megatron `rotary`, `quant.noise` adds by
-`add_noise`. The others are what a W8A8 or W4A16 forward, a router and a dispatcher on an NPU are made of.
+`add_noise`; an engine's experts with adapters are made of `dynamic_quantize`, `routed_matmul_int8` and `routed_matmul`.
+The others are what a W8A8 or W4A16 forward, a router and a dispatcher on an NPU are made of.
 """
 
 from qerl_rl.platform.ops.activation import swiglu, weighted_swiglu, weighted_swiglu_backward
@@ -22,6 +23,7 @@ from qerl_rl.platform.ops.permute import token_permute, token_unpermute
 from qerl_rl.platform.ops.quantize import dynamic_quantize, pack_int4, unpack_int4
 from qerl_rl.platform.ops.quantized_grouped_matmul import grouped_matmul_int4, grouped_matmul_int8
 from qerl_rl.platform.ops.rotary import rotary
+from qerl_rl.platform.ops.routed_matmul import routed_matmul, routed_matmul_int8
 
 __all__ = [
     "add_noise",
@@ -36,6 +38,8 @@ __all__ = [
     "packed_attention",
     "rms_norm",
     "rotary",
+    "routed_matmul",
+    "routed_matmul_int8",
     "swiglu",
     "to_fractal_nz",
     "token_permute",

@@ -39,11 +39,13 @@ def build(load: Importer, plan: LoadPlan, plain: EngineLayout, rank: int) -> tor
     shapes = plain.local_shapes(rank)
     for path in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
         parent, _, name = path.rpartition(".")
-        owner = _module(root, parent)
+        owner = module_at(root, parent)
         if name == "experts":
             count, hidden, width = shapes[f"{path}.w2_weight"]
             kind = EXPERT_KINDS[_format(plan, f"{path}.0.gate_proj.weight")]
-            owner.add_module(name, experts_of(load, kind, count, width, hidden))
+            layer = experts_of(load, kind, count, width, hidden)
+            layer.hidden_size, layer.intermediate_size_per_partition, layer.local_num_experts = hidden, width, count
+            owner.add_module(name, layer)
         elif name in ("embed_tokens", "lm_head"):
             owner.add_module(name, VocabParallelEmbedding(shapes[f"{path}.weight"]))
         elif len(shapes[f"{path}.weight"]) == 1:
@@ -51,11 +53,14 @@ def build(load: Importer, plan: LoadPlan, plain: EngineLayout, rank: int) -> tor
         else:
             outputs, inputs = shapes[f"{path}.weight"]
             kind = LINEAR_KINDS[_format(plan, f"{parent}.{FIRST_OF_FUSED.get(name, name)}.weight")]
-            owner.add_module(name, linear_of(load, kind, inputs, outputs))
+            layer = linear_of(load, kind, inputs, outputs)
+            layer.output_partition_sizes, layer.output_size = [outputs], outputs
+            layer.input_size = layer.input_size_per_partition = inputs
+            owner.add_module(name, layer)
     return root
 
 
-def _module(root: torch.nn.Module, path: str) -> torch.nn.Module:
+def module_at(root: torch.nn.Module, path: str) -> torch.nn.Module:
     for name in path.split(".") if path else ():
         if name not in dict(root.named_children()):
             root.add_module(name, torch.nn.Module())
