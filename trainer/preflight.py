@@ -150,6 +150,7 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture, ha
             on_npu = is_for_npu(config)
             if not on_npu:
                 check_expert_sizes(config.model.path, rollout)
+            if config.train.device in ("cpu", "npu-sim"):
                 check_latent_width(config.model.path)
             check_kv_cache(rollout, on_npu=on_npu)
             target_layout(config, architecture, moved_tensors(config, architecture))

@@ -81,14 +81,14 @@ def repack(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor], a
         rewrite(module, {name: _typed(tensor, expected[name]) for name, tensor in tensors.items()})
         refresh_attention(module, vllm_config)
     else:
-        _reload(module, vllm_config, tensors)
+        _reload(module, vllm_config, tensors, absorbing)
 
 
 def _typed(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return once_a_matrix(tensor, parameter).to(parameter.dtype)
 
 
-def _reload(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+def _reload(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor], absorbing: Any) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
     from vllm.utils.torch_utils import set_default_torch_dtype
