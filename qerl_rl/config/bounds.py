@@ -8,7 +8,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.provider": ("megatron", "mindspeed_llm"),
     "train.device": ("auto", "cpu", "cuda", "npu"),
     "train.dtype": ("float32", "bfloat16"),
-    "train.token_dispatcher": ("alltoall", "allgather"),
+    "train.token_dispatcher": ("alltoall", "allgather", "alltoall_seq"),
+    "train.router_load_balancing": (
+        "auto",
+        "none",
+        "aux_loss",
+        "softmax_topk",
+        "sinkhorn",
+        "group_limited_greedy",
+        "sparsemixer_topk",
+    ),
     "train.recompute": ("none", "full", "selective"),
     "train.recompute_method": ("uniform", "block"),
     "train.mindspeed.optimizer_selection": ("fused_adamw", "fused_torch_adamw", "fused_ema_adamw"),
@@ -59,7 +68,8 @@ AT_LEAST = {
     rollout.top_k noise.sigma_start noise.sigma_end algorithm.clip_low algorithm.clip_high algorithm.kl_coefficient
     algorithm.entropy_coefficient algorithm.loss_constant_tokens algorithm.kl_target algorithm.overlong_buffer_tokens
     algorithm.overlong_penalty rollout.carry_prompts algorithm.discount data.limit checkpoint.every eval.every
-    profiler.step swap.canary_tolerance""",
+    profiler.step swap.canary_tolerance train.router_aux_loss_coefficient train.router_num_groups
+    train.router_group_topk""",
 }
 
 POSITIVE = """eval.temperature critic.value_clip dpo.beta

@@ -12,6 +12,7 @@ from qerl_rl.config.bounds import AT_LEAST, CHOICES, POSITIVE
 from qerl_rl.config.correction_checks import Fault, correction_fault
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.mindspeed_checks import mindspeed_fault
+from qerl_rl.config.router_checks import router_fault
 from qerl_rl.config.schema import Config
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "mse")
@@ -342,6 +343,7 @@ CHECKS = (
     _check_values,
     _check_train_layout,
     mindspeed_fault,
+    router_fault,
     _check_rollout_layout,
     _check_rollouts,
     _check_correction,

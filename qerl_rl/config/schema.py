@@ -17,6 +17,7 @@ from qerl_rl.config.learning_schema import (
     RolloutCorrectionConfig,
 )
 from qerl_rl.config.mindspeed_schema import MindSpeedConfig
+from qerl_rl.config.router_schema import RouterConfig
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RouterConfig):
     """The Megatron engine. Parallel sizes multiply as in Megatron: workers = tensor x pipeline x data."""
 
     device: str = "auto"
@@ -73,8 +74,10 @@ class TrainConfig:
     expert_tensor_parallel: int = 1
     sequence_parallel: bool = True
     """Splits activations along the sequence where tensor_parallel > 1 (Megatron demands it for MoE)."""
+    layers_per_stage: str = ""
+    """Layers of each pipeline stage, N,N,..., where not all are alike; only the first and the last may differ."""
     token_dispatcher: str = "alltoall"
-    """alltoall or allgather."""
+    """alltoall, allgather or alltoall_seq (docs/routing.md): how tokens reach the ranks of their experts."""
     recompute: str = "none"
     """none, full (every layer again in backward) or selective (attention and experts)."""
     recompute_method: str = "uniform"
@@ -91,6 +94,11 @@ class TrainConfig:
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0
     mindspeed: MindSpeedConfig = field(default_factory=MindSpeedConfig)
+
+    @property
+    def stage_layers(self) -> tuple[int, ...]:
+        """layers_per_stage as numbers; none where all stages are alike."""
+        return tuple(int(count) for count in self.layers_per_stage.split(",") if count.strip())
 
 
 @dataclass(frozen=True)
