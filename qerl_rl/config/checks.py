@@ -35,7 +35,7 @@ def _get(config: Config, key: str) -> Any:
 def _check_values(config: Config) -> Fault:
     for key, allowed in CHOICES.items():
         if _get(config, key) not in allowed:
-            return key, f"{key}={_get(config, key)} is unknown.", f"set {key} to {' or '.join(allowed)}"
+            return key, f"{key}={_get(config, key)} is unknown.", f"set {key} to {' or '.join(map(str, allowed))}"
     for least, keys in AT_LEAST.items():
         for key in keys.split():
             if _get(config, key) < least:
@@ -298,9 +298,17 @@ def _check_lengths(config: Config) -> Fault:
         problem = f"{sizes}={rollout.max_response_tokens} exceed {key}={config.model.max_length}."
         return key, problem, f"set {key} to {needed} or more"
     longest, key = config.model.max_length, "rollout.max_batched_tokens"
-    if rollout.max_batched_tokens < longest:
+    if rollout.max_batched_tokens < longest and not rollout.chunked_prefill:
         problem = f"{key}={rollout.max_batched_tokens} is less than model.max_length={longest}:"
-        return key, f"{problem} no prompt is prefilled in parts.", f"set {key} to {longest} or more"
+        fix = f"set {key} to {longest} or more, or rollout.chunked_prefill to true"
+        return key, f"{problem} no prompt is prefilled in parts.", fix
+    if config.has_rollout_engine and rollout.max_batched_tokens < rollout.max_sequences:
+        problem = f"{key}={rollout.max_batched_tokens} is less than rollout.max_sequences={rollout.max_sequences}:"
+        return (
+            key,
+            f"{problem} not every sequence gets a token a step.",
+            f"set {key} to {rollout.max_sequences} or more",
+        )
     return None
 
 

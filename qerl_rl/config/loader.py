@@ -207,6 +207,11 @@ def _value(hint: Any, value: Any, name: str, locate: KeyLocations) -> Any:
         if hint == dict[str, str]:
             return {str(key): str(item) for key, item in value.items()}
         return {str(key): _value(float, item, f"{name}.{key}", locate) for key, item in value.items()}
+    if hint == list[int]:
+        if not isinstance(value, list) or any(type(item) is not int for item in value):
+            problem, fix = f"{name}={value!r} is no list of whole numbers.", f"write {name} as [1, 2, 4]"
+            raise ConfigError(problem, fix=fix, where=locate(name))
+        return value
     if hint is float and type(value) is int:
         return float(value)
     # OmegaConf's own nodes convert and check plain values ("1e-3" is a float, "yes" is no bool).

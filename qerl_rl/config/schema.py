@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qerl_rl.config.ascend_schema import AscendConfig
 from qerl_rl.config.learning_schema import (
     AlgorithmConfig,
     CriticConfig,
@@ -113,11 +114,21 @@ class RolloutConfig:
     max_sequences: int = 128
     """Sequences decoded at once by one engine."""
     max_batched_tokens: int = 4096
-    """Tokens that one step of an engine computes, of all sequences; at least model.max_length."""
+    """Tokens that one step of an engine computes, of all sequences; at least model.max_length, but with
+    chunked_prefill."""
+    chunked_prefill: bool = False
+    """Compute a prompt over several steps where rollout.max_batched_tokens does not hold all of it."""
     kv_cache_bytes: int = 67108864
     """KV cache of one rank, in bytes."""
+    kv_cache_dtype: str = "auto"
+    """auto (rollout.dtype); fp8, fp8_e4m3 or fp8_e5m2 (CPU, CUDA); int8 (NPU, of a checkpoint that has the scales)."""
+    kv_block_tokens: int = 128
+    """Tokens in a block of the KV cache; prefixes are found in it by whole blocks. A CPU takes multiples of 32."""
     prefix_caching: bool = True
     enforce_eager: bool = True
+    """Capture no graphs; on NPUs rollout.ascend.graph_mode says which are captured otherwise."""
+    ascend: AscendConfig = field(default_factory=AscendConfig)
+    """What only vllm-ascend knows."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0

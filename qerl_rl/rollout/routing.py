@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.rollout.vllm_objects import model_runner
+
 
 class SlotRecords:
     """The experts of every token in the KV cache, kept by the slot of the cache that the token has.
@@ -70,11 +73,10 @@ def routing_engine(arguments: Any) -> Any:
     return engine
 
 
-def no_experts(engine: Any) -> np.ndarray:
-    """The routed experts of no token, as a vLLM LLMEngine returns them: [0, layers, top_k]."""
-    model = engine.vllm_config.model_config
-    dtype = np.uint8 if model.get_num_experts() <= 256 else np.int16
-    return np.empty((0, model.get_total_num_hidden_layers(), model.get_num_experts_per_tok()), dtype)
+def no_experts(model: MoeArchitecture) -> np.ndarray:
+    """The routed experts of no token, as GroupOutput has them: [0, layers, top_k]."""
+    dtype = np.uint8 if model.experts <= 256 else np.int16
+    return np.empty((0, model.layers, model.experts_per_token), dtype)
 
 
 def record_on_cpu(engine: Any) -> None:
@@ -90,7 +92,7 @@ def record_on_cpu(engine: Any) -> None:
         bind_routed_experts_capturer,
     )
 
-    runner = engine.model_executor.driver_worker.worker.model_runner
+    runner = model_runner(engine)
     scheduler = engine.engine_core.engine_core.scheduler
     if not hasattr(scheduler, "aux_output_connector"):
         raise RuntimeError("vLLM's scheduler has no aux_output_connector: qerl_rl/rollout/routing.py is out of date")

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,19 +25,20 @@ from qerl_rl.quant.requantize import Survival
 from qerl_rl.rollout.adapters import AdapterSet
 from qerl_rl.rollout.collector import Collector, unfinished_samples
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest, LiveTarget
+from qerl_rl.rollout.engine_options import engine_arguments
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.full_tensors import exchange_format, put
 from qerl_rl.rollout.kv_cache import KvCacheMemory
 from qerl_rl.rollout.lending import Lending
-from qerl_rl.rollout.limits import check_expert_sizes, check_groups
+from qerl_rl.rollout.limits import check_engine
 from qerl_rl.rollout.load_plan import LoadPlan
-from qerl_rl.rollout.loader import loader_options
 from qerl_rl.rollout.merge import MergedAdapters, has_adapters, merges_adapters
 from qerl_rl.rollout.merge_shards import ShardFinder
 from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
 from qerl_rl.rollout.routing import no_experts, routing_engine
 from qerl_rl.rollout.score import score
+from qerl_rl.rollout.vllm_objects import model_runner
 from qerl_rl.rollout.weight_memory import ByteStore, WeightMemory, drop_unused_copies
 from qerl_rl.rollout.weight_target import WeightTarget
 
@@ -66,8 +66,7 @@ class VllmEngine:
         quantize_to: str | None = None,
         group_size: int = 0,
     ) -> None:
-        check_expert_sizes(model_path, rollout)
-        configure_environment()
+        configure_environment(rollout)
         self._rollout, self._max_length = rollout, max_length
         self._stop_tokens = end_of_sequence_tokens(Path(model_path))
         with _process_state_kept(), warnings.catch_warnings():
@@ -79,10 +78,10 @@ class VllmEngine:
 
             apply_patches()
             self._plan = LoadPlan(model_path, platform_name(), quantize_to, group_size)
-            check_groups(self._plan, rollout)
-            arguments = _engine_args(self._plan, rollout, max_length, seed)
+            check_engine(self._plan, rollout)
+            arguments = engine_arguments(self._plan, rollout, max_length, seed)
             self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
-        runner = self._engine.model_executor.driver_worker.worker.model_runner
+        runner = model_runner(self._engine)
         drop_unused_copies(runner.model)
         self._weight_memory = WeightMemory(runner.model)
         self._adapters: AdapterSet | MergedAdapters | None = None
@@ -98,7 +97,7 @@ class VllmEngine:
         self._lending = Lending(runner.model, writes_weights=not isinstance(self._adapters, AdapterSet))
         self._weight_target: WeightTarget | None = None
         self._noise = NormNoise(runner.model)
-        self._no_experts = no_experts(self._engine) if record_routing else None
+        self._no_experts = no_experts(self._architecture) if record_routing else None
         self._kv_cache = KvCacheMemory(runner.kv_caches)
 
     def generate(
@@ -304,7 +303,7 @@ class VllmEngine:
     @property
     def model(self) -> torch.nn.Module:
         """vLLM's model on this rank."""
-        return self._engine.model_executor.driver_worker.worker.model_runner.model
+        return model_runner(self._engine).model
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes of this rank's weights (its shard, as packed) but those lent, of these, of adapters and KV cache."""
@@ -353,34 +352,6 @@ def end_of_sequence_tokens(folder: Path) -> list[int]:
         if found is not None:
             return found if isinstance(found, list) else [found]
     return []
-
-
-def _engine_args(plan: LoadPlan, rollout: RolloutConfig, max_length: int, seed: int) -> Any:
-    from vllm import EngineArgs
-
-    return EngineArgs(
-        model=str(plan.reader.path),
-        **loader_options(plan),
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        dtype=rollout.dtype,
-        max_model_len=max_length,
-        max_num_seqs=rollout.max_sequences,
-        max_num_batched_tokens=rollout.max_batched_tokens,
-        kv_cache_memory_bytes=rollout.kv_cache_bytes,
-        enable_prefix_caching=rollout.prefix_caching,
-        # A prompt that is prefilled in parts makes vLLM rewind the request's generator, which one of a CPU can't.
-        enable_chunked_prefill=False,
-        enforce_eager=rollout.enforce_eager,
-        tensor_parallel_size=rollout.tensor_parallel,
-        data_parallel_size=rollout.data_parallel if rollout.expert_parallel else 1,
-        enable_expert_parallel=rollout.expert_parallel and rollout.tensor_parallel * rollout.data_parallel > 1,
-        distributed_executor_backend="external_launcher" if dist.is_initialized() else "uni",
-        logprobs_mode="processed_logprobs",
-        seed=seed,
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-    )
 
 
 @contextlib.contextmanager

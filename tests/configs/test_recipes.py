@@ -131,7 +131,8 @@ def test_a_recipe_passes_the_dry_run_on_its_model(
     assert "weights" in printed
     assert "not checked" in printed
     # From the file in configs/envs/ that it stands on.
-    assert "VLLM_ASCEND_ENABLE_NZ: '0'" in printed
+    assert "HCCL_IF_BASE_PORT: '23456'" in printed
+    assert "card: a" in printed
 
 
 def test_every_recipe_and_model_file_is_tested() -> None:

@@ -1,0 +1,101 @@
+"""A rank's model out of vllm-ascend's layers, with the module names of vLLM 0.23 and weights of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from qerl_rl.layout.engine import EngineLayout
+from qerl_rl.rollout.load_plan import LoadPlan
+from qerl_rl.rollout.weight_target import FIRST_OF_FUSED
+from tests.rollout.ascend.layers import EXPERT_KINDS, LINEAR_KINDS, Importer, experts_of, fill, linear_of
+
+
+class VocabParallelEmbedding(torch.nn.Module):
+    """vLLM's, as far as it holds a weight; the output layer is one too."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16), requires_grad=False)
+        self.quant_method = SimpleNamespace(process_weights_after_loading=lambda layer: None)
+
+
+class Norm(torch.nn.Module):
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16), requires_grad=False)
+
+
+def build(load: Importer, plan: LoadPlan, plain: EngineLayout, rank: int) -> torch.nn.Module:
+    """A model with the shapes that `rank` of the layout of unquantized weights has, its parameters zeros."""
+    root = torch.nn.Module()
+    shapes = plain.local_shapes(rank)
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
+        parent, _, name = path.rpartition(".")
+        owner = _module(root, parent)
+        if name == "experts":
+            count, hidden, width = shapes[f"{path}.w2_weight"]
+            kind = EXPERT_KINDS[_format(plan, f"{path}.0.gate_proj.weight")]
+            owner.add_module(name, experts_of(load, kind, count, width, hidden))
+        elif name in ("embed_tokens", "lm_head"):
+            owner.add_module(name, VocabParallelEmbedding(shapes[f"{path}.weight"]))
+        elif len(shapes[f"{path}.weight"]) == 1:
+            owner.add_module(name, Norm(shapes[f"{path}.weight"]))
+        else:
+            outputs, inputs = shapes[f"{path}.weight"]
+            kind = LINEAR_KINDS[_format(plan, f"{parent}.{FIRST_OF_FUSED.get(name, name)}.weight")]
+            owner.add_module(name, linear_of(load, kind, inputs, outputs))
+    return root
+
+
+def _module(root: torch.nn.Module, path: str) -> torch.nn.Module:
+    for name in path.split(".") if path else ():
+        if name not in dict(root.named_children()):
+            root.add_module(name, torch.nn.Module())
+        root = root.get_submodule(name)
+    return root
+
+
+def _format(plan: LoadPlan, weight: str) -> str:
+    format = plan.stored_format(weight)
+    return "bfloat16" if format is None else format.name
+
+
+def load_into(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill a new model with a rank's tensors of a checkpoint, and let vllm-ascend process its layers."""
+    for path, layer in model.named_modules():
+        own = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] == path}
+        if own:
+            if hasattr(layer, "quant_method"):
+                fill(layer, own)
+            else:
+                layer.weight.data.copy_(own["weight"])
+
+
+def metadata(model: torch.nn.Module) -> dict[int, SimpleNamespace]:
+    """What vLLM's layerwise reload notes of a model before its layers are processed, by module."""
+    return {
+        id(layer): SimpleNamespace(
+            restore_metadata=({name: each.data.to("meta") for name, each in layer.named_parameters(recurse=False)}, {})
+        )
+        for layer in model.modules()
+    }
+
+
+def stubs(noted: dict[int, SimpleNamespace]) -> dict[str, dict[str, Any]]:
+    """vLLM's modules that the writing of weights asks."""
+    return {
+        "vllm.model_executor.model_loader.reload.layerwise": {"get_layerwise_info": lambda layer: noted[id(layer)]},
+        "vllm.model_executor.layers.vocab_parallel_embedding": {"VocabParallelEmbedding": VocabParallelEmbedding},
+    }
+
+
+def vllm_config() -> SimpleNamespace:
+    return SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
+        device_config=SimpleNamespace(device=torch.device("cpu")),
+        compilation_config=SimpleNamespace(static_forward_context={}),
+    )
