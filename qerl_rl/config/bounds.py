@@ -52,6 +52,13 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "algorithm.kl_in": ("loss", "reward"),
     "reward_model.backend": ("hf", "megatron"),
     "rollout_correction.rollout_is": ("none", "token", "sequence"),
+    "profiler.kind": ("torch", "msprof"),
+    "profiler.level": ("none", "level0", "level1", "level2"),
+    "profiler.aic_metrics": (
+        *("none", "pipe_utilization", "arithmetic_utilization", "memory", "memory_l0", "memory_ub"),
+        *("resource_conflict_ratio", "l2_cache", "memory_access"),
+    ),
+    "profiler.export": ("text", "db"),
     "track.console": ("auto", "lines", "quiet"),
 }
 
@@ -77,7 +84,7 @@ AT_LEAST = {
     rollout.top_k noise.sigma_start noise.sigma_end algorithm.clip_low algorithm.clip_high algorithm.kl_coefficient
     algorithm.entropy_coefficient algorithm.loss_constant_tokens algorithm.kl_target algorithm.overlong_buffer_tokens
     algorithm.overlong_penalty rollout.carry_prompts algorithm.discount data.limit checkpoint.every eval.every
-    profiler.step swap.canary_tolerance train.router_aux_loss_coefficient train.router_num_groups
+    swap.canary_tolerance train.router_aux_loss_coefficient train.router_num_groups
     train.router_group_topk""",
 }
 

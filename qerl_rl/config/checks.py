@@ -12,6 +12,7 @@ from qerl_rl.config.bounds import AT_LEAST, CHOICES, POSITIVE
 from qerl_rl.config.correction_checks import Fault, correction_fault
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.mindspeed_checks import mindspeed_fault
+from qerl_rl.config.profiler_checks import profiler_fault
 from qerl_rl.config.router_checks import router_fault
 from qerl_rl.config.schema import Config
 
@@ -368,4 +369,5 @@ CHECKS = (
     _check_paths,
     _check_reward,
     _check_data,
+    profiler_fault,
 )

@@ -18,6 +18,7 @@ from qerl_rl.config.learning_schema import (
     RolloutCorrectionConfig,
 )
 from qerl_rl.config.mindspeed_schema import MindSpeedConfig
+from qerl_rl.config.profiler_schema import ProfilerConfig
 from qerl_rl.config.router_schema import RouterConfig
 
 
@@ -308,14 +309,6 @@ class TrackConfig:
     samples_per_step: int = 8
     console: str = "auto"
     """auto (live display on a terminal, lines otherwise), lines or quiet."""
-
-
-@dataclass(frozen=True)
-class ProfilerConfig:
-    """torch.profiler around one step's update on rank 0; a Chrome trace in run.output_dir/profile."""
-
-    step: int = 0
-    """The step to record, counted from 1; 0 records none."""
 
 
 @dataclass(frozen=True)
