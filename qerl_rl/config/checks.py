@@ -44,6 +44,9 @@ def _check_values(config: Config) -> Fault:
     for key in POSITIVE.split():
         if _get(config, key) <= 0:
             return key, f"{key}={_get(config, key)} is not positive.", f"set {key} above 0"
+    if not 0 <= config.rollout.min_p <= 1:
+        key = "rollout.min_p"
+        return key, f"{key}={config.rollout.min_p} is no probability.", f"set {key} from 0 to 1"
     if not 0 < config.rollout.top_p <= 1:
         key = "rollout.top_p"
         return key, f"{key}={config.rollout.top_p} is no probability.", f"set {key} above 0 and up to 1"
