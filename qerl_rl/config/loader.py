@@ -7,7 +7,7 @@ import difflib
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -157,7 +157,17 @@ def to_yaml(config: Config) -> str:
 
 def from_dict(values: dict[str, Any]) -> Config:
     """The `Config` whose `dataclasses.asdict` is `values` (how a configuration travels to other processes)."""
-    return Config(**{f.name: _section_type(f.name)(**values[f.name]) for f in dataclasses.fields(Config)})
+    return cast("Config", _from_dict(Config, values))
+
+
+def _from_dict(kind: Any, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    return kind(
+        **{
+            name: _from_dict(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
+            for name, value in values.items()
+        }
+    )
 
 
 def _section_type(name: str) -> Any:
@@ -197,6 +207,13 @@ def _value(hint: Any, value: Any, name: str, locate: KeyLocations) -> Any:
         if hint == dict[str, str]:
             return {str(key): str(item) for key, item in value.items()}
         return {str(key): _value(float, item, f"{name}.{key}", locate) for key, item in value.items()}
+    if hint in (list[int], list[str]):
+        [kind] = get_args(hint)
+        if not isinstance(value, list) or any(type(item) is not kind for item in value):
+            items, example = {int: ("whole numbers", "[1, 2, 4]"), str: ("names", "[one, another]")}[kind]
+            problem, fix = f"{name}={value!r} is no list of {items}.", f"write {name} as {example}"
+            raise ConfigError(problem, fix=fix, where=locate(name))
+        return value
     if hint is float and type(value) is int:
         return float(value)
     # OmegaConf's own nodes convert and check plain values ("1e-3" is a float, "yes" is no bool).
