@@ -6,8 +6,11 @@ kernels of torch_npu, and some real ones, accept wrong shapes, so that each func
 torch_npu has no gradient of its own, an autograd function around forward and backward calls is here.
 
 What is called where: `torch_modules` normalizes and attends by `rms_norm` and `packed_attention`, the experts use
-`weighted_swiglu` and (on an NPU) `grouped_matmul`, `npu_adaptor` gives Megatron `rotary`, `quant.noise` adds by
-`add_noise`. The others are what a W8A8 or W4A16 forward, a router and a dispatcher on an NPU are made of.
+`weighted_swiglu` and (on an NPU) `grouped_matmul`, with frozen weights `grouped_matmul_int8_weights` and
+`grouped_matmul_int4`, `npu_adaptor` gives Megatron `rotary`, `quant.noise` adds by `add_noise`, `rollout.ascend` writes
+weights by `repack_int4` and `to_fractal_nz` and computes by `decode_experts_int4`. The others are what a forward of the
+trainer's own with int8 activations (it has none: that would bias log-probs), a router and a dispatcher on an NPU are
+made of.
 """
 
 from qerl_rl.platform.ops.activation import swiglu, weighted_swiglu, weighted_swiglu_backward
