@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from qerl_rl.rollout.ascend.routing import record_quantized_experts
+
 
 class SlotRecords:
     """The experts of every token in the KV cache, kept by the slot of the cache that the token has.
@@ -64,6 +66,8 @@ def routing_engine(arguments: Any) -> Any:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
+        if current_platform.device_type == "npu":
+            record_quantized_experts()
         return LLMEngine.from_engine_args(replace(arguments, enable_return_routed_experts=True))
     engine = LLMEngine.from_engine_args(arguments)
     record_on_cpu(engine)

@@ -7,10 +7,10 @@ torch_npu has no gradient of its own, an autograd function around forward and ba
 
 What is called where: `torch_modules` normalizes and attends by `rms_norm` and `packed_attention`, the experts use
 `weighted_swiglu` and (on an NPU) `grouped_matmul`, with frozen weights `grouped_matmul_int8_weights` and
-`grouped_matmul_int4`, `npu_adaptor` gives Megatron `rotary`, `quant.noise` adds by `add_noise`, `rollout.ascend` writes
-weights by `repack_int4` and `to_fractal_nz` and computes by `decode_experts_int4`. The others are what a forward of the
-trainer's own with int8 activations (it has none: that would bias log-probs), a router and a dispatcher on an NPU are
-made of.
+`grouped_matmul_int4`, `npu_adaptor` gives Megatron `rotary`, `quant.noise` adds by `add_noise`. `rollout.ascend` writes
+weights by `repack_int4` and `to_fractal_nz`, computes small int4 experts by `decode_experts_int4`, and experts with
+adapters by `dynamic_quantize`, `routed_matmul_int8` and `routed_matmul`. The others are what a forward of the trainer's
+own with int8 activations (it has none: that would bias log-probs), a router and a dispatcher on an NPU are made of.
 """
 
 from qerl_rl.platform.ops.activation import swiglu, weighted_swiglu, weighted_swiglu_backward
@@ -31,6 +31,7 @@ from qerl_rl.platform.ops.quantized_grouped_matmul import (
 )
 from qerl_rl.platform.ops.repack import repack_int4
 from qerl_rl.platform.ops.rotary import rotary
+from qerl_rl.platform.ops.routed_matmul import routed_matmul, routed_matmul_int8
 
 __all__ = [
     "MOST_PAIRS",
@@ -51,6 +52,8 @@ __all__ = [
     "repack_int4",
     "rms_norm",
     "rotary",
+    "routed_matmul",
+    "routed_matmul_int8",
     "swiglu",
     "to_fractal_nz",
     "token_permute",

@@ -131,3 +131,12 @@ LAYOUTS: dict[str, Layout] = {
     "AscendUnquantizedFusedMoEMethod": Layout(_float_experts, nz_if_fused=("w13_weight", "w2_weight")),
 }
 """By the class that keeps a layer's weights."""
+
+WRITTEN = frozenset(
+    [
+        *("weight", "bias", "weight_fp32", "weight_scale", "weight_scale_fp32", "fused_w1_scale", "fused_w2_scale"),
+        *(f"{name}_{part}" for name in EXPERT_WEIGHTS for part in ("weight", "weight_packed", "weight_scale")),
+        *("w13_weight_scale_fp32", "w13_scale_bias", "w2_scale_bias"),
+    ]
+)
+"""All names in what the layouts store, and of what is written as it is."""

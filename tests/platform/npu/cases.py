@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -107,6 +108,21 @@ def _int8_product(scale_dtype: torch.dtype) -> Case:
     return compute
 
 
+def _ends(make: Tensors) -> torch.Tensor:
+    return torch.tensor(list(accumulate(ROWS)), dtype=INT64, device=make.device)
+
+
+def _routed(make: Tensors) -> Any:
+    return ops.routed_matmul(make.floats(TOKENS, HIDDEN), make.floats(EXPERTS, WIDTH, HIDDEN).mT, _ends(make))
+
+
+def _routed_int8(make: Tensors) -> Any:
+    x_scale, scale = make.floats(TOKENS, dtype=FLOAT32) * 1e-3, make.floats(EXPERTS, WIDTH, dtype=BFLOAT16)
+    return ops.routed_matmul_int8(
+        make.int8(TOKENS, HIDDEN), x_scale, make.int8(EXPERTS, HIDDEN, WIDTH), scale, _ends(make)
+    )
+
+
 def _int4_product(groups: int, with_offset: bool) -> Case:
     def compute(make: Tensors) -> Any:
         x, packed = make.leaf(TOKENS, HIDDEN, dtype=BFLOAT16), make.packed(EXPERTS, HIDDEN, WIDTH // 8)
@@ -158,6 +174,8 @@ CASES: dict[str, Case] = {
     "repack_int4": lambda make: ops.repack_int4(make.packed(EXPERTS, WIDTH, HIDDEN // 8)),
     "grouped_matmul_int4, a scale a column": _int4_product(1, with_offset=False),
     "grouped_matmul_int4, groups": _int4_product(2, with_offset=True),
+    "routed_matmul": _routed,
+    "routed_matmul_int8": _routed_int8,
     "token_permute": lambda make: ops.token_permute(
         make.leaf(TOKENS, HIDDEN), make.integers(0, EXPERTS, TOKENS, CHOSEN, dtype=INT64)
     ),
