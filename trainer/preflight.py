@@ -17,7 +17,8 @@ from qerl_rl.config.schema import Config
 from qerl_rl.data.pairs import load_pairs
 from qerl_rl.data.prompts import Prompt, PromptSet, held_out, load_prompts
 from qerl_rl.data.source import PromptSource
-from qerl_rl.layout.architecture import MoeArchitecture, check_layout
+from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.fit import check_layout
 from qerl_rl.model.formats import check_checkpoint, check_rounding
 from qerl_rl.platform.determinism import contradiction
 from qerl_rl.quant.checkpoint import stored_format
@@ -25,9 +26,10 @@ from qerl_rl.quant.quantize import recipe_of
 from qerl_rl.reshard.moved import moved_tensors, target_layout
 from qerl_rl.rewards import load_rewards
 from qerl_rl.rewards.model import check_reward_model
-from qerl_rl.rollout.limits import check_expert_sizes
-from trainer.ascend import check_ascend
+from qerl_rl.rollout.limits import check_expert_sizes, check_kv_cache
+from trainer.ascend import check_ascend, is_for_npu
 from trainer.resume import ResumePoint, find_resume
+from trainer.simulation import prepare_simulation
 from trainer.value_models import check_value_models, load_tokenizer
 
 
@@ -67,6 +69,7 @@ def preflight(loaded: LoadedConfig, resume: str = "never", *, dry_run: bool = Fa
     config = loaded.config
     check_config(config, loaded.locate)
     _check_determinism(loaded)
+    prepare_simulation(loaded, dry_run=dry_run)
     if not Path(config.model.path, "config.json").is_file():
         raise ConfigError(
             f"model.path={config.model.path} holds no config.json.",
@@ -159,7 +162,10 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture, ha
         if config.lora.rank == 0 and config.has_rollout_engine:
             check_rounding(architecture, recipe_of(config.quant), config.train)
         if config.has_rollout_engine:
-            check_expert_sizes(config.model.path, rollout)
+            on_npu = is_for_npu(config)
+            if not on_npu:
+                check_expert_sizes(config.model.path, rollout)
+            check_kv_cache(rollout, on_npu=on_npu)
             target_layout(config, architecture, moved_tensors(config, architecture))
     except ConfigError as error:
         # What these check is known without a launch file; here the line of the key can be added.

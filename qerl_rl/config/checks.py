@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any
 from qerl_rl.config.bounds import AT_LEAST, CHOICES, POSITIVE
 from qerl_rl.config.correction_checks import Fault, correction_fault
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.mindspeed_checks import mindspeed_fault
 from qerl_rl.config.profiler_checks import profiler_fault
+from qerl_rl.config.router_checks import router_fault
 from qerl_rl.config.schema import Config
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "mse")
@@ -27,14 +30,13 @@ def check_config(config: Config, locate: Locate) -> None:
 
 
 def _get(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def _check_values(config: Config) -> Fault:
     for key, allowed in CHOICES.items():
         if _get(config, key) not in allowed:
-            return key, f"{key}={_get(config, key)} is unknown.", f"set {key} to {' or '.join(allowed)}"
+            return key, f"{key}={_get(config, key)} is unknown.", f"set {key} to {' or '.join(map(str, allowed))}"
     for least, keys in AT_LEAST.items():
         for key in keys.split():
             if _get(config, key) < least:
@@ -65,6 +67,10 @@ def _check_train_layout(config: Config) -> Fault:
         problem = f"{key}={expert} x train.expert_tensor_parallel={train.expert_tensor_parallel} does not divide"
         fix = f"set {key} to a divisor of {ranks_per_stage // train.expert_tensor_parallel}"
         return key, f"{problem} the {ranks_per_stage} ranks of a pipeline stage.", fix
+    for key, default in (("train.recompute_method", "uniform"), ("train.recompute_layers", 1)):
+        if train.recompute != "full" and _get(config, key) != default:
+            problem = f"{key}={_get(config, key)}, but train.recompute={train.recompute} does not ask for it."
+            return key, problem, f"set train.recompute to full, or leave {key} out"
     if tensor > 1 and not train.sequence_parallel:
         key = "train.sequence_parallel"
         problem = f"train.tensor_parallel={tensor} without sequence parallelism: Megatron trains no MoE that way."
@@ -293,9 +299,17 @@ def _check_lengths(config: Config) -> Fault:
         problem = f"{sizes}={rollout.max_response_tokens} exceed {key}={config.model.max_length}."
         return key, problem, f"set {key} to {needed} or more"
     longest, key = config.model.max_length, "rollout.max_batched_tokens"
-    if rollout.max_batched_tokens < longest:
+    if rollout.max_batched_tokens < longest and not rollout.chunked_prefill:
         problem = f"{key}={rollout.max_batched_tokens} is less than model.max_length={longest}:"
-        return key, f"{problem} no prompt is prefilled in parts.", f"set {key} to {longest} or more"
+        fix = f"set {key} to {longest} or more, or rollout.chunked_prefill to true"
+        return key, f"{problem} no prompt is prefilled in parts.", fix
+    if config.has_rollout_engine and rollout.max_batched_tokens < rollout.max_sequences:
+        problem = f"{key}={rollout.max_batched_tokens} is less than rollout.max_sequences={rollout.max_sequences}:"
+        return (
+            key,
+            f"{problem} not every sequence gets a token a step.",
+            f"set {key} to {rollout.max_sequences} or more",
+        )
     return None
 
 
@@ -337,6 +351,8 @@ def _check_data(config: Config) -> Fault:
 CHECKS = (
     _check_values,
     _check_train_layout,
+    router_fault,
+    mindspeed_fault,
     _check_rollout_layout,
     _check_rollouts,
     _check_correction,

@@ -157,7 +157,17 @@ def to_yaml(config: Config) -> str:
 
 def from_dict(values: dict[str, Any]) -> Config:
     """The `Config` whose `dataclasses.asdict` is `values` (how a configuration travels to other processes)."""
-    return Config(**{f.name: _section_type(f.name)(**values[f.name]) for f in dataclasses.fields(Config)})
+    return cast("Config", _from_dict(Config, values))
+
+
+def _from_dict(kind: Any, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    return kind(
+        **{
+            name: _from_dict(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
+            for name, value in values.items()
+        }
+    )
 
 
 def _section_type(name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qerl_rl.config.ascend_schema import AscendConfig
 from qerl_rl.config.learning_schema import (
     AlgorithmConfig,
     CriticConfig,
@@ -16,7 +17,9 @@ from qerl_rl.config.learning_schema import (
     RewardModelConfig,
     RolloutCorrectionConfig,
 )
+from qerl_rl.config.mindspeed_schema import MindSpeedConfig
 from qerl_rl.config.profiler_schema import ProfilerConfig
+from qerl_rl.config.router_schema import RouterConfig
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,18 @@ class ModelConfig:
     """Folder with the HF config, the tokenizer and the (quantized) safetensors."""
     max_length: int = 512
     """Tokens of prompt and response together."""
+    provider: str = "megatron"
+    """Whose patches Megatron's model gets on NPUs: megatron (MindSpeed's own) or mindspeed_llm (MindSpeed-LLM's)."""
     share_base: str = "auto"
     """auto (a process stores frozen weights once where both engines can read one layout of them) or never."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RouterConfig):
     """The Megatron engine. Parallel sizes multiply as in Megatron: workers = tensor x pipeline x data."""
 
     device: str = "auto"
-    """auto, cpu, cuda or npu."""
+    """auto, cpu, cuda, npu, or npu-sim (torch_npu on this machine's CPU: docs/simulated_npu.md)."""
     dtype: str = "float32"
     """float32 or bfloat16: the type of activations and of weights that are not quantized."""
     tensor_parallel: int = 1
@@ -73,10 +78,15 @@ class TrainConfig:
     expert_tensor_parallel: int = 1
     sequence_parallel: bool = True
     """Splits activations along the sequence where tensor_parallel > 1 (Megatron demands it for MoE)."""
+    layers_per_stage: str = ""
+    """Layers of each pipeline stage, N,N,..., where not all are alike; only the first and the last may differ."""
     token_dispatcher: str = "alltoall"
-    """alltoall or allgather."""
+    """alltoall, allgather or alltoall_seq (docs/routing.md): how tokens reach the ranks of their experts."""
     recompute: str = "none"
     """none, full (every layer again in backward) or selective (attention and experts)."""
+    recompute_method: str = "uniform"
+    """With full: uniform (all layers, recompute_layers of them from one stored input) or block (only that many)."""
+    recompute_layers: int = 1
     micro_batch_tokens: int = 2048
     """Tokens packed into one micro-batch of a rank (a single longer sample still makes one)."""
     learning_rate: float = 1e-4
@@ -87,6 +97,12 @@ class TrainConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0
+    mindspeed: MindSpeedConfig = field(default_factory=MindSpeedConfig)
+
+    @property
+    def stage_layers(self) -> tuple[int, ...]:
+        """layers_per_stage as numbers; none where all stages are alike."""
+        return tuple(int(count) for count in self.layers_per_stage.split(",") if count.strip())
 
 
 @dataclass(frozen=True)
@@ -101,11 +117,21 @@ class RolloutConfig:
     max_sequences: int = 128
     """Sequences decoded at once by one engine."""
     max_batched_tokens: int = 4096
-    """Tokens that one step of an engine computes, of all sequences; at least model.max_length."""
+    """Tokens that one step of an engine computes, of all sequences; at least model.max_length, but with
+    chunked_prefill."""
+    chunked_prefill: bool = False
+    """Compute a prompt over several steps where rollout.max_batched_tokens does not hold all of it."""
     kv_cache_bytes: int = 67108864
     """KV cache of one rank, in bytes."""
+    kv_cache_dtype: str = "auto"
+    """auto (rollout.dtype); fp8, fp8_e4m3 or fp8_e5m2 (CPU, CUDA); int8 (NPU, of a checkpoint that has the scales)."""
+    kv_block_tokens: int = 128
+    """Tokens in a block of the KV cache; prefixes are found in it by whole blocks. A CPU takes multiples of 32."""
     prefix_caching: bool = True
     enforce_eager: bool = True
+    """Capture no graphs; on NPUs rollout.ascend.graph_mode says which are captured otherwise."""
+    ascend: AscendConfig = field(default_factory=AscendConfig)
+    """What only vllm-ascend knows."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0

@@ -19,6 +19,8 @@ from qerl_rl.quant.formats import Format, get_format
 TYPES = {"w8a8": "W8A8_DYNAMIC", "mxfp8": "W8A8_MXFP8", "mxfp4": "W4A16_MXFP4"}
 """quant.format -> msmodelslim's name of it."""
 FLOAT = "FLOAT"
+CACHE_KEY, CACHE_C8 = "kv_cache_type", "C8"
+"""How a checkpoint says that it has scales of an int8 KV cache."""
 _GROUP_SIZE = 32
 
 

@@ -9,8 +9,29 @@ from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import RolloutConfig
 from qerl_rl.rollout.load_plan import LoadPlan
 
+NPU_PLATFORMS = ("910", "a5")
+"""Columns of quant/platforms.py that vllm-ascend runs."""
 TILE = 32
-"""vLLM's int8 CPU expert kernel works on tiles of this many rows and columns."""
+"""vLLM's int8 CPU expert kernel works on tiles of this many rows and columns, attention on blocks of as many tokens."""
+
+
+def check_engine(plan: LoadPlan, rollout: RolloutConfig) -> None:
+    """Raise ConfigError for what the engine of this plan's platform can't run."""
+    if plan.platform == "cpu":
+        check_expert_sizes(plan.reader.path, rollout)
+    check_kv_cache(rollout, on_npu=plan.platform in NPU_PLATFORMS)
+    check_groups(plan, rollout)
+
+
+def check_kv_cache(rollout: RolloutConfig, *, on_npu: bool) -> None:
+    """Raise ConfigError for a KV cache that no kernel reads."""
+    key, wanted = "rollout.kv_cache_dtype", rollout.kv_cache_dtype
+    if wanted != "auto" and on_npu != (wanted == "int8"):
+        place, others = ("Ascend", "int8") if on_npu else ("a CPU or with CUDA", "fp8")
+        raise ConfigError(f"{key}={wanted} has no kernel on {place}.", fix=f"set {key} to auto or {others}")
+    key, size = "rollout.kv_block_tokens", rollout.kv_block_tokens
+    if not on_npu and size % TILE:
+        raise ConfigError(f"{key}={size} is no multiple of {TILE}.", fix=f"set {key} to {-(-size // TILE) * TILE}")
 
 
 def check_expert_sizes(model_path: str | Path, rollout: RolloutConfig) -> None:

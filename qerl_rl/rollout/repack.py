@@ -2,7 +2,7 @@
 
 Kernels keep weights in layouts of their own, some as nothing but an address. vLLM's layerwise reload takes a module
 back to what it was before its kernels packed it, packs it once more, and copies the outcome into the tensors that the
-kernels hold already.
+kernels hold already. vllm-ascend's layers keep more than parameters, and are written to by `rewrite`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from qerl_rl.rollout.ascend.rewrite import is_ascend, refresh_attention, rewrite
 
 
 def packed_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -40,6 +42,20 @@ def repack(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor]) -
     What a checkpoint holds once a matrix may come once a row [..., N, 1]. What is missing (the shape that int4 weights
     carry beside them) stays as it is.
     """
+    if is_ascend(module):
+        expected = unpacked_parameters(module)
+        # A parameter may be of fewer bits than what arrives: scales are bfloat16 there.
+        rewrite(module, {name: _typed(tensor, expected[name]) for name, tensor in tensors.items()})
+        refresh_attention(module, vllm_config)
+    else:
+        _reload(module, vllm_config, tensors)
+
+
+def _typed(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    return once_a_matrix(tensor, parameter).to(parameter.dtype)
+
+
+def _reload(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
     from vllm.utils.torch_utils import set_default_torch_dtype

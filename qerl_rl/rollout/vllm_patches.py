@@ -1,4 +1,7 @@
-"""Changes to vLLM 0.32 that the engine needs, one function each; `apply_patches` applies those the platform needs."""
+"""Changes to vLLM that the engine needs, one function each; `PATCHES` says which platform needs which of them.
+
+Those of a CPU change vLLM 0.32; an NPU's is right in vLLM 0.23.
+"""
 
 from __future__ import annotations
 
@@ -12,48 +15,36 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from qerl_rl.config.schema import RolloutConfig
+from qerl_rl.rollout.ascend.decode import fuse_small_int4_experts
 from qerl_rl.rollout.cpu_norm import norms_stay_in_cache
+from qerl_rl.rollout.partial_prefill import partial_prompts_draw_from_spare_generators
+from qerl_rl.rollout.patching import existing
 
 _applied: set[str] = set()
 SHARED_MEMORY = "/dev/shm"
 
 
-def apply_patches() -> None:
-    """Apply every patch once. Call it after `configure_environment()` and before an engine is constructed."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        for patch in (
-            unique_shared_memory_names,
-            unlink_shared_memory_early,
-            unlink_message_queues_early,
-            cpu_experts_honour_expert_map,
-            quantized_experts_without_amx,
-            int4_experts_of_any_group_size,
-            int8_products_keep_their_scales,
-            cpu_communicator_gathers_unequal_parts,
-            numa_policy_left_alone,
-            norms_stay_in_cache,
-        ):
-            if patch.__name__ not in _applied:
-                patch()
-                _applied.add(patch.__name__)
+def apply_patches(rollout: RolloutConfig | None = None) -> None:
+    """Apply what this platform needs and `rollout` asks for, once. Call it after `configure_environment()` and before
+    an engine is made."""
+    platform = platform_name()
+    wanted = platform == "910" and rollout is not None and rollout.ascend.fused_int4_decode
+    for patch in (*PATCHES.get(platform, ()), *((fuse_small_int4_experts,) if wanted else ())):
+        if patch.__name__ not in _applied:
+            patch()
+            _applied.add(patch.__name__)
 
 
 def platform_name() -> str:
     """This platform as the table of quant/platforms.py names it."""
     from vllm.platforms import current_platform
 
+    if current_platform.device_type == "npu":
+        from vllm_ascend.utils import AscendDeviceType, get_ascend_device_type
+
+        return "a5" if get_ascend_device_type() == AscendDeviceType.A5 else "910"
     return "cpu" if current_platform.is_cpu() else "cuda"
-
-
-def _existing(owner: Any, name: str) -> Any:
-    """The attribute a patch replaces; raises RuntimeError where this vLLM has none."""
-    if not hasattr(owner, name):
-        raise RuntimeError(
-            f"vLLM has no {getattr(owner, '__name__', owner)}.{name}: a patch in qerl_rl/rollout is out of date"
-        )
-    return getattr(owner, name)
 
 
 def unique_shared_memory_names() -> None:
@@ -64,7 +55,7 @@ def unique_shared_memory_names() -> None:
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
-    original: Callable[[Any], str] = _existing(_CPUSHMDistributed, "make_group_name")
+    original: Callable[[Any], str] = existing(_CPUSHMDistributed, "make_group_name")
 
     def make_group_name(communicator: Any) -> str:
         if not hasattr(communicator, "shared_memory_token"):
@@ -85,7 +76,7 @@ def unlink_shared_memory_early() -> None:
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
-    original = _existing(_CPUSHMDistributed, "_init_cpu_shm")
+    original = existing(_CPUSHMDistributed, "_init_cpu_shm")
 
     @functools.wraps(original)
     def init_cpu_shm(self: Any) -> int:
@@ -107,7 +98,7 @@ def unlink_message_queues_early() -> None:
     """
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-    original = _existing(MessageQueue, "create_from_process_group")
+    original = existing(MessageQueue, "create_from_process_group")
 
     @functools.wraps(original)
     def create_from_process_group(*arguments: Any, **options: Any) -> Any:
@@ -131,8 +122,8 @@ def cpu_experts_honour_expert_map() -> None:
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
     for name in ("CPUUnquantizedExperts", "CPUExpertsInt8", "CPUExpertsInt4"):
-        owner = _existing(cpu_moe, name)
-        owner.apply = _with_local_experts(_existing(owner, "apply"))
+        owner = existing(cpu_moe, name)
+        owner.apply = _with_local_experts(existing(owner, "apply"))
         owner.supports_expert_map = lambda self: True
 
 
@@ -172,11 +163,25 @@ def quantized_experts_without_amx() -> None:
     """
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-    vnni = _existing(torch.cpu, "_is_vnni_supported")
+    vnni = existing(torch.cpu, "_is_vnni_supported")
     for name in ("CPUExpertsInt8", "CPUExpertsInt4"):
-        owner = _existing(cpu_moe, name)
-        original = _existing(owner, "_supports_current_device")
+        owner = existing(cpu_moe, name)
+        original = existing(owner, "_supports_current_device")
         owner._supports_current_device = staticmethod(functools.partial(_either, original, vnni))
+
+
+def quantized_experts_of_any_routing() -> None:
+    """Let the int8 and int4 CPU experts follow every router.
+
+    Without it they know plain softmax alone and refuse DeepSeek's, although the router is a module of its own that
+    hands them expert ids and weights (the class for bfloat16 says so of itself).
+    """
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    for name in ("CPUExpertsInt8", "CPUExpertsInt4"):
+        owner = existing(cpu_moe, name)
+        existing(owner, "_supports_routing_method")
+        owner._supports_routing_method = staticmethod(lambda routing_method, weight_key, activation_key: True)
 
 
 def _either(first: Callable[[], bool], second: Callable[[], bool]) -> bool:
@@ -190,8 +195,8 @@ def int4_experts_of_any_group_size() -> None:
     """
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-    owner = _existing(cpu_moe, "CPUExpertsInt4")
-    _existing(owner, "_supports_quant_scheme")
+    owner = existing(cpu_moe, "CPUExpertsInt4")
+    existing(owner, "_supports_quant_scheme")
     owner._supports_quant_scheme = staticmethod(
         lambda weight_key, activation_key: activation_key is None and "uint4b8" in str(weight_key)
     )
@@ -205,7 +210,7 @@ def int8_products_keep_their_scales() -> None:
     """
     from vllm import _custom_ops
 
-    original = _existing(_custom_ops, "create_onednn_scaled_mm")
+    original = existing(_custom_ops, "create_onednn_scaled_mm")
 
     @functools.wraps(original)
     def create_onednn_scaled_mm(weight: torch.Tensor, weight_scales: torch.Tensor, *rest: Any, **options: Any) -> Any:
@@ -226,7 +231,7 @@ def cpu_communicator_gathers_unequal_parts() -> None:
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
     for name in ("all_gatherv", "reduce_scatterv"):
-        _existing(CpuCommunicator, name)
+        existing(CpuCommunicator, name)
         if name in vars(CpuCommunicator):
             raise RuntimeError(f"vLLM's CpuCommunicator has its own {name} now: drop the patch of qerl_rl.rollout")
     CpuCommunicator.all_gatherv = _all_gatherv
@@ -267,11 +272,55 @@ def _reduce_scatterv(self: Any, input_: torch.Tensor, dim: int = -1, sizes: list
     return total[start : start + sizes[self.rank_in_group]].clone()
 
 
+def rotary_of_parts_of_heads() -> None:
+    """Give the CPU kernel of rotary embedding rows of heads that follow each other.
+
+    Without it latent attention without YaRN is wrong: it hands over a slice of each head, [tokens, heads, width], of
+    which the kernel, that counts heads by the last dimension, turns the first. (With YaRN vLLM computes in torch.)
+    """
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    original = existing(RotaryEmbedding, "forward_cpu")
+
+    @functools.wraps(original)
+    def forward_cpu(self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
+        if query.dim() != 3:
+            return original(self, positions, query, key)
+        rows = [None if x is None else x.flatten(1).contiguous() for x in (query, key)]
+        turned = original(self, positions, *rows)
+        return tuple(x if x is None else x.view(was.shape) for x, was in zip(turned, (query, key), strict=True))
+
+    RotaryEmbedding.forward_cpu = forward_cpu
+
+
 def numa_policy_left_alone() -> None:
     """Don't let the engine set this process' memory policy.
 
     Without it every later allocation of the process, the trainer's too, is bound strictly to one NUMA node, and a
     warning says so on stderr.
     """
-    _existing(torch.ops._C, "init_cpu_memory_env")
+    existing(torch.ops._C, "init_cpu_memory_env")
     torch.ops._C.init_cpu_memory_env = lambda nodes: None
+
+
+PATCHES: dict[str, tuple[Callable[[], None], ...]] = {
+    "cpu": (
+        unique_shared_memory_names,
+        unlink_shared_memory_early,
+        unlink_message_queues_early,
+        cpu_experts_honour_expert_map,
+        quantized_experts_without_amx,
+        quantized_experts_of_any_routing,
+        int4_experts_of_any_group_size,
+        int8_products_keep_their_scales,
+        cpu_communicator_gathers_unequal_parts,
+        numa_policy_left_alone,
+        norms_stay_in_cache,
+        rotary_of_parts_of_heads,
+        partial_prompts_draw_from_spare_generators,
+    ),
+    "910": (unlink_message_queues_early,),
+    "a5": (unlink_message_queues_early,),
+}
+"""By a column of quant/platforms.py. vllm-ascend has collectives of unequal parts, expert maps and int8 and int4
+experts of its own, and patches vLLM itself when it is imported; nothing else of the CPU's list applies there."""

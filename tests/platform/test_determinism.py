@@ -52,7 +52,13 @@ def test_megatron_takes_its_deterministic_ways_with_it(tiny_w8a8, one_rank: Rank
 
 @pytest.mark.parametrize(
     ("device", "there", "absent"),
-    [("npu", {HCCL}, {NCCL}), ("cuda", {NCCL}, {HCCL}), ("cpu", set(), {HCCL, NCCL}), ("auto", {HCCL, NCCL}, set())],
+    [
+        ("npu", {HCCL}, {NCCL}),
+        ("cuda", {NCCL}, {HCCL}),
+        ("cpu", set(), {HCCL, NCCL}),
+        ("npu-sim", {HCCL}, {NCCL}),
+        ("auto", {HCCL, NCCL}, set()),
+    ],
 )
 def test_workers_get_the_variables_of_their_device(device: str, there: set[str], absent: set[str]) -> None:
     def environment(deterministic: bool, **own: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ def arguments(tmp_path: Path, tiny_w8a8) -> list[str]:
         f"model: {{path: {tiny_w8a8('qwen3_moe')}, max_length: 64}}\n"
         "rollout: {max_prompt_tokens: 24, max_response_tokens: 16}\n"
         "data: {train_path: arithmetic}\n"
-        "cluster: {environment: {VLLM_ASCEND_ENABLE_NZ: 0, TASK_QUEUE_ENABLE: 2}}\n"
+        "cluster: {environment: {TASK_QUEUE_ENABLE: 2}}\n"
     )
     return ["--config", str(path), "--dry-run"]
 
@@ -36,5 +36,5 @@ def test_the_rules_are_checked_for_npu_and_for_no_other_device(arguments, capsys
 
 
 def test_attention_is_read_from_the_checkpoint(tiny_w8a8, tiny_checkpoint) -> None:
-    assert ascend._attention_formats(str(tiny_w8a8("qwen3_moe"))) == {"w8a8"}
-    assert ascend._attention_formats(str(tiny_checkpoint("qwen3_moe"))) == {"none"}
+    assert ascend._linear_formats(str(tiny_w8a8("qwen3_moe"))) == {"w8a8"}
+    assert ascend._linear_formats(str(tiny_checkpoint("qwen3_moe"))) == {"none"}

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_npu
 
 from qerl_rl.config.profiler_schema import ProfilerConfig
 from qerl_rl.platform import profilers
 from qerl_rl.platform.device import NPU
+from qerl_rl.platform.simulated_npu import package
 
 ASKED = {
     "as by default": ProfilerConfig(kind="msprof"),
@@ -50,14 +50,15 @@ def _settings() -> list[list[str]]:
 def _as_chrome_trace() -> list[list[str]]:
     """The activities of each profile that kind torch makes once transfer_to_npu has replaced what torch.profiler is."""
     importlib.import_module("torch_npu.contrib.transfer_to_npu")
+    profile: Any = importlib.import_module("torch_npu.profiler").profile
     made: list[list[str]] = []
-    original = torch_npu.profiler.profile.__init__
+    original = profile.__init__
 
     def noted(self: Any, **options: Any) -> None:
         original(self, **options)
         made.append(sorted(str(activity) for activity in options["activities"]))
 
-    torch_npu.profiler.profile.__init__ = noted
+    profile.__init__ = noted
     with profilers.profiled(NPU, ProfilerConfig(), Path("profile"), "name", "update of step 1"):
         torch.ones(2) + 1
     return made
@@ -65,7 +66,8 @@ def _as_chrome_trace() -> list[list[str]]:
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    module = torch_npu.profiler
+    package.load()
+    module = importlib.import_module("torch_npu.profiler")
     known = [module.supported_profiler_level(), module.supported_ai_core_metrics(), module.supported_export_type()]
     with tempfile.TemporaryDirectory() as folder:
         # A profile that records nothing, for want of a driver, leaves its notes in the working folder.
