@@ -20,6 +20,7 @@ from qerl_rl.data.source import PromptSource
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.fit import check_layout
 from qerl_rl.model.formats import check_checkpoint, check_rounding
+from qerl_rl.platform.determinism import contradiction
 from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.quant.quantize import recipe_of
 from qerl_rl.reshard.moved import moved_tensors, target_layout
@@ -67,6 +68,7 @@ def preflight(loaded: LoadedConfig, resume: str = "never", *, dry_run: bool = Fa
     """
     config = loaded.config
     check_config(config, loaded.locate)
+    _check_determinism(loaded)
     prepare_simulation(loaded, dry_run=dry_run)
     if not Path(config.model.path, "config.json").is_file():
         raise ConfigError(
@@ -108,6 +110,19 @@ def _check_format(loaded: LoadedConfig) -> None:
             f"quant.format={config.quant.format}, but {config.model.path} holds {found}.",
             fix=f"set quant.format to {found}, or quantize the model",
             where=loaded.locate("quant.format"),
+        )
+
+
+def _check_determinism(loaded: LoadedConfig) -> None:
+    """The environment that the launch file gives its workers must not undo run.deterministic."""
+    config = loaded.config
+    found = contradiction(config.train.device, config.cluster.environment) if config.run.deterministic else None
+    if found:
+        name, value = found
+        raise ConfigError(
+            f"run.deterministic=true, but cluster.environment.{name}={config.cluster.environment[name]}.",
+            fix=f"take {name} out of cluster.environment (it becomes {value}), or set run.deterministic to false",
+            where=loaded.locate(f"cluster.environment.{name}"),
         )
 
 

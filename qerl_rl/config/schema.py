@@ -30,6 +30,8 @@ class RunConfig:
     output_dir: str = "outputs/run"
     seed: int = 1
     steps: int = 10
+    deterministic: bool = False
+    """Repeat a run bit for bit on the same devices, with operators and collectives that do (docs/determinism.md)."""
 
 
 @dataclass(frozen=True)
