@@ -14,10 +14,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from qerl_rl.layout.deepseek import DeepseekArchitecture
+
 from benchmarks.figures import Figure
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
-from qerl_rl.layout.deepseek import DeepseekArchitecture
 from qerl_rl.layout.engine import EngineLayout
 from qerl_rl.layout.tensors import Architecture, Weights, full_tensors
 from qerl_rl.layout.train import TrainLayout

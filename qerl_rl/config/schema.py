@@ -71,6 +71,8 @@ class TrainConfig(RouterConfig):
     expert_tensor_parallel: int = 1
     sequence_parallel: bool = True
     """Splits activations along the sequence where tensor_parallel > 1 (Megatron demands it for MoE)."""
+    layers_per_stage: str = ""
+    """Layers of each pipeline stage, N,N,..., where not all are alike; only the first and the last may differ."""
     token_dispatcher: str = "alltoall"
     """alltoall, allgather or alltoall_seq (docs/routing.md): how tokens reach the ranks of their experts."""
     recompute: str = "none"
@@ -85,6 +87,11 @@ class TrainConfig(RouterConfig):
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0
+
+    @property
+    def stage_layers(self) -> tuple[int, ...]:
+        """layers_per_stage as numbers; none where all stages are alike."""
+        return tuple(int(count) for count in self.layers_per_stage.split(",") if count.strip())
 
 
 @dataclass(frozen=True)

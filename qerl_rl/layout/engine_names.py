@@ -12,9 +12,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
 from qerl_rl.layout.holdings import FullTensor
-from qerl_rl.layout.tensors import Adapters, Architecture, Entry, Tensors, entries
+from qerl_rl.layout.tensors import Adapters, Entry, Tensors, entries
 
 WHOLE, SHARES, HEADS, VOCABULARY = "whole", "shares", "heads", "vocabulary"
 """How a tensor is split over tensor-parallel ranks: not at all, into equal shares, into heads (where there are fewer
@@ -62,7 +63,7 @@ class Local:
     segments: tuple[Segment, ...]
 
 
-def engine_locals(architecture: Architecture, tensors: Tensors) -> list[Local]:
+def engine_locals(architecture: MoeArchitecture, tensors: Tensors) -> list[Local]:
     """The engine's tensors, in the order of the model.
 
     Raises: ConfigError for weights of different formats in one tensor.

@@ -36,6 +36,8 @@ class RoutingRule:
     """Groups that a token's experts may come from: those that score best."""
     best_of_group: int = 1
     """A group's score is the sum of its so many largest: 1 in DeepSeek-V2, 2 in V3."""
+    has_bias: bool = False
+    """Each expert has a number of its own, which counts in the choice and not in the weight (DeepSeek-V3)."""
     jitter: float = SPARSE_MIXER_JITTER
     """Of sparse_mixer: a rival is near when it lies within 2 * jitter of the chosen logit, relatively."""
 

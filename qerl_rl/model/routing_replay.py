@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from qerl_rl.layout.routing import RoutingRule
+from qerl_rl.layout.routing import SIGMOID, RoutingRule
 from qerl_rl.model.dispatchers import DISPATCHERS
 from qerl_rl.model.forced_experts import ForcedExperts
 from qerl_rl.model.load_balance import LoadBalance
@@ -78,6 +78,10 @@ class ReplayingRouter(TopKRouter):
     def __init__(self, config: TransformerConfig, rule: RoutingRule, *, whole_sequence: bool) -> None:
         super().__init__(config)
         self.rule, self._whole_sequence = rule, whole_sequence
+        if rule.has_bias:
+            # Megatron's own switch would also make its training step change the bias, by how many tokens came.
+            del self.expert_bias
+            self.register_buffer("expert_bias", torch.zeros(self.num_experts, dtype=torch.float32))
 
     def routing(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Args: logits float32 [tokens, 1, experts] of this rank's part of the sequence.
@@ -89,7 +93,9 @@ class ReplayingRouter(TopKRouter):
         flat = logits.view(-1, self.num_experts)
         if self._whole_sequence:
             flat = gather_from_sequence_parallel_region(flat)
-        chosen = choose(self.rule, flat.detach(), training=self.training, bias=self.expert_bias)
+        # A bias is one of sigmoid scores: another rule than the model's own has none.
+        bias = self.expert_bias if self.rule.scores == SIGMOID else None
+        chosen = choose(self.rule, flat.detach(), training=self.training, bias=bias)
         if self.forced is not None:
             chosen = self._replaced(chosen, self.forced)
         weights = torch.zeros_like(flat).scatter(1, chosen, weigh(self.rule, flat, chosen))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from qerl_rl.algorithms.sequences import AGGREGATIONS, PAIR_MEAN, TOKEN_MEAN
 from qerl_rl.config.errors import ConfigError
-from qerl_rl.config.schema import Config
+from qerl_rl.config.schema import Config, TrainConfig
 from qerl_rl.platform.state_store import StateStore
 from qerl_rl.train import checkpoint
 from qerl_rl.train.exchange import sum_over_ranks
@@ -24,6 +24,7 @@ from qerl_rl.train.samples import Samples
 if TYPE_CHECKING:
     from qerl_rl.train.passes import LossFunction
 
+STAGES = "train.layers_per_stage"
 PARALLEL_SIZES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel")
 
 
@@ -139,7 +140,7 @@ class LearningEngine(ModelEngine):
     def _check_layout(self, written: Mapping[str, Any]) -> bool:
         """Whether a checkpoint's layout is this one. Raises: ConfigError where nothing can be regrouped."""
         own = self._layout()
-        different = {key for key in own if written.get(key) != own[key]}
+        different = {key for key in own if written.get(key, "") != own[key]}
         fixed = {key for key in different if key.startswith("lora.") or not self.has_adapters}
         if fixed:
             pairs = ", ".join(f"{key}={written.get(key)} (now {own[key]})" for key in sorted(fixed))
@@ -160,7 +161,8 @@ class LearningEngine(ModelEngine):
         from qerl_rl.train.regroup import full_state, local_state
 
         written, layers = meta["layout"], self.architecture.layers
-        sizes = ParallelSizes(*(written[f"train.{name}"] for name in PARALLEL_SIZES))
+        stages = TrainConfig(layers_per_stage=written.get(STAGES, "")).stage_layers
+        sizes = ParallelSizes(*(written[f"train.{name}"] for name in PARALLEL_SIZES), stages)
         slots = trained_slots(self.architecture, self.config.lora, self.model.head)
         places = [Coordinates(**place) for place in meta["places"]]
         shards = ((place, self._shard(folder, meta, place.rank)) for place in places)
@@ -180,6 +182,7 @@ class LearningEngine(ModelEngine):
         return {
             "ranks": dist.get_world_size(),
             **{f"train.{name}": getattr(train, name) for name in PARALLEL_SIZES},
+            STAGES: train.layers_per_stage,
             "train.dtype": train.dtype,
             "lora.rank": lora.rank,
             "lora.attention": lora.attention,

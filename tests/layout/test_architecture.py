@@ -10,7 +10,8 @@ import pytest
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import TrainConfig
-from qerl_rl.layout.architecture import MoeArchitecture, check_layout
+from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.fit import check_layout
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3_moe",

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from qerl_rl.layout.deepseek import DeepseekArchitecture
 
 from qerl_rl.config.schema import TrainConfig
 from qerl_rl.layout.blocks import ParallelSizes
-from qerl_rl.layout.deepseek import DeepseekArchitecture
 from qerl_rl.layout.engine import EngineLayout
 from qerl_rl.layout.train import TrainLayout
 from tests.model import harness

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qerl_rl.layout.deepseek import DeepseekArchitecture
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.layout.blocks import ParallelSizes
-from qerl_rl.layout.deepseek import DeepseekArchitecture
 from qerl_rl.layout.engine import EngineLayout
 from qerl_rl.layout.holdings import Box, FullTensor, Layout
 from qerl_rl.layout.slots import padded_vocabulary

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from hypothesis import strategies as st
+from qerl_rl.layout.deepseek import DeepseekArchitecture
 
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
-from qerl_rl.layout.deepseek import DeepseekArchitecture
 from qerl_rl.layout.engine import EngineLayout
 from qerl_rl.layout.holdings import FullTensor, Holding, Layout
 from qerl_rl.layout.tensors import Adapters, Architecture, Tensors, Weights

@@ -69,8 +69,7 @@ def test_deepseek_on_stages_of_unequal_length_is_planned(
     arguments = [*launch_file(tmp_path), *TWO_STAGES, "lora.rank=0", "quant.format=w8a8"]
     assert main(arguments) == 2
     assert "train.pipeline_parallel=2 does not divide the model's 3 layers" in capsys.readouterr().err
-    assert "all weights, w8a8" in _said([*arguments, "--layers-per-stage", "2,1"], capsys)
-    assert main([*arguments, "--layers-per-stage", "2,2"]) == 2
-    assert "--layers-per-stage" in capsys.readouterr().err
-    assert main([*arguments, "lora.rank=4", "--layers-per-stage", "2,1"]) == 2
-    assert "set lora.rank to 0" in capsys.readouterr().err
+    assert "all weights, w8a8" in _said([*arguments, "train.layers_per_stage=2,1"], capsys)
+    assert main([*arguments, "train.layers_per_stage=2,2"]) == 2
+    assert "train.layers_per_stage=2,2" in capsys.readouterr().err
+    assert "adapters" in _said([*arguments, "lora.rank=4", "train.layers_per_stage=2,1"], capsys)
