@@ -25,6 +25,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from qerl_rl.layout.slots import ROUTER_BIAS
 from qerl_rl.make_model.characters import character_tokenizer
 
 _FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
@@ -34,6 +35,9 @@ _FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
 }
+
+
+NO_AUXILIARY_LOSS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,8 @@ def _deepseek_options(family: str, sizes: MoeSizes) -> dict[str, Any]:
         "topk_group": min(2, sizes.groups),
         "routed_scaling_factor": sizes.routed_scaling,
         "rope_parameters": rope,
-        **({"topk_method": method, "norm_topk_prob": False} if family == "deepseek_v2" else {}),
+        # transformers' V3 needs no word for how it chooses; vLLM does.
+        **({"topk_method": method, "norm_topk_prob": False} if family == "deepseek_v2" else NO_AUXILIARY_LOSS),
     }
 
 
@@ -167,7 +172,7 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
             deviation *= 2.0
         parameter.copy_(center + deviation * torch.randn(parameter.shape, generator=generator))
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(ROUTER_BIAS):
             # Scores lie between 0 and 1: it changes the choice of many tokens and decides none alone.
             buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
@@ -179,7 +184,12 @@ def save_model(
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.to(dtype).save_pretrained(folder)
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith(ROUTER_BIAS)}
+    model.to(dtype)
+    for name, bias in biases.items():
+        # As in published checkpoints, whatever the type of the rest.
+        model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], bias)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # transformers 5 writes its class's new name, which transformers 4 (beside vLLM-Ascend) does not know.
     tokenizer_config = folder / "tokenizer_config.json"

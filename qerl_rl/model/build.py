@@ -107,11 +107,9 @@ def build_model(
 def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> TransformerConfig:
     """Megatron's configuration of the model and the layout."""
     dtype, stages = DTYPES[train.dtype], train.stage_layers
-    kind, sizes = (
-        (MLATransformerConfig, _latent_sizes(architecture)) if architecture.latent else (TransformerConfig, {})
-    )
+    kind = MLATransformerConfig if architecture.latent else TransformerConfig
     return kind(
-        **sizes,
+        **_latent_sizes(architecture),
         num_layers=architecture.layers,
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.attention_heads,
@@ -163,7 +161,8 @@ def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> Tra
 
 def _latent_sizes(architecture: MoeArchitecture) -> dict[str, Any]:
     latent = architecture.latent
-    assert latent is not None
+    if latent is None:
+        return {}
     return {
         "q_lora_rank": latent.query_rank,
         "kv_lora_rank": latent.key_value_rank,

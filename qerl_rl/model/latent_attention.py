@@ -107,6 +107,6 @@ class RotaryAngles:
 
 
 def positions(starts: torch.Tensor) -> torch.Tensor:
-    """Of packed tokens, each in its own sequence: int64 [tokens]. starts: int32 [sequences + 1], the last is the end."""
+    """Of packed tokens, each in its own sequence: int64 [tokens]. starts: int32 [sequences + 1]."""
     starts = starts.long()
     return torch.arange(int(starts[-1]), device=starts.device) - starts[:-1].repeat_interleave(starts.diff())

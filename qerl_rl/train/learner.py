@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +162,7 @@ class LearningEngine(ModelEngine):
 
         written, layers = meta["layout"], self.architecture.layers
         stages = TrainConfig(layers_per_stage=written.get(STAGES, "")).stage_layers
-        sizes = ParallelSizes(*(written[f"train.{name}"] for name in PARALLEL_SIZES), stages)
+        sizes = replace(ParallelSizes(*(written[f"train.{name}"] for name in PARALLEL_SIZES)), layers_per_stage=stages)
         slots = trained_slots(self.architecture, self.config.lora, self.model.head)
         places = [Coordinates(**place) for place in meta["places"]]
         shards = ((place, self._shard(folder, meta, place.rank)) for place in places)

@@ -24,6 +24,7 @@ DEEPSEEK = {
     "v_head_dim": 16,
     "intermediate_size": 128,
     "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
     "n_shared_experts": 1,
     "vocab_size": 100,

@@ -50,8 +50,9 @@ def _yarn(config: Mapping[str, Any]) -> Yarn | None:
     factor, scale, scale_all = float(rope["factor"]), rope.get("mscale"), rope.get("mscale_all_dim")
     factor_given = rope.get("attention_factor")
     if factor_given is None:
-        both = scale and scale_all
-        factor_given = yarn_scale(factor, scale) / yarn_scale(factor, scale_all) if both else yarn_scale(factor)
+        factor_given = yarn_scale(factor)
+        if scale and scale_all:
+            factor_given = yarn_scale(factor, scale) / yarn_scale(factor, scale_all)
     return Yarn(
         factor=factor,
         original_positions=rope["original_max_position_embeddings"],
