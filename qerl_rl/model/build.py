@@ -143,8 +143,9 @@ def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> Tra
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=train.tensor_parallel,
         pipeline_model_parallel_size=train.pipeline_parallel,
-        num_layers_in_first_pipeline_stage=stages[0] if stages else None,
-        num_layers_in_last_pipeline_stage=stages[-1] if len(stages) > 1 else None,
+        # Megatron wants stages left for what neither takes.
+        num_layers_in_first_pipeline_stage=stages[0] if len(stages) > 1 else None,
+        num_layers_in_last_pipeline_stage=stages[-1] if len(stages) > 2 else None,
         expert_model_parallel_size=train.expert_parallel,
         expert_tensor_parallel_size=train.expert_tensor_parallel,
         sequence_parallel=train.tensor_parallel > 1,

@@ -29,6 +29,7 @@ def apply_patches() -> None:
             unlink_message_queues_early,
             cpu_experts_honour_expert_map,
             quantized_experts_without_amx,
+            quantized_experts_of_any_routing,
             int4_experts_of_any_group_size,
             int8_products_keep_their_scales,
             cpu_communicator_gathers_unequal_parts,
@@ -177,6 +178,20 @@ def quantized_experts_without_amx() -> None:
         owner = _existing(cpu_moe, name)
         original = _existing(owner, "_supports_current_device")
         owner._supports_current_device = staticmethod(functools.partial(_either, original, vnni))
+
+
+def quantized_experts_of_any_routing() -> None:
+    """Let the int8 and int4 CPU experts follow every router.
+
+    Without it they know plain softmax alone and refuse DeepSeek's, although the router is a module of its own that hands
+    them expert ids and weights (the class for bfloat16 says so of itself).
+    """
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    for name in ("CPUExpertsInt8", "CPUExpertsInt4"):
+        owner = _existing(cpu_moe, name)
+        _existing(owner, "_supports_routing_method")
+        owner._supports_routing_method = staticmethod(lambda routing_method, weight_key, activation_key: True)
 
 
 def _either(first: Callable[[], bool], second: Callable[[], bool]) -> bool:
