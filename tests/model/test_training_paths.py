@@ -91,7 +91,7 @@ def _unstacked(gradients: Gradients) -> Gradients:
     return found
 
 
-@pytest.mark.parametrize(("family", "tied"), [("qwen3_moe", False), ("qwen2_moe", True)])
+@pytest.mark.parametrize(("family", "tied"), [("qwen3_moe", False), ("qwen2_moe", True), ("phimoe", False)])
 def test_all_weights_train_without_adapters(
     family: str, tied: bool, tiny_checkpoint: Callable[..., Path], one_rank: RankPool, two_ranks: RankPool
 ) -> None:
