@@ -31,6 +31,9 @@ _SPLITS = {
 _ROW_PARALLEL = ("o_proj", "down_proj", "w2")
 """Whose columns are."""
 
+_ON_EVERY_RANK = ("q_a_proj", "kv_a_proj_with_mqa")
+"""Whose adapters are column parallel in the trainer and whole in the engine."""
+
 _FUSED = (
     ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     ("gate_up_proj", ("gate_proj", "up_proj")),
@@ -125,7 +128,7 @@ def _adapter(entry: Entry) -> Segment:
     module, matrix = name.split(".")[-2:]
     if module in _ROW_PARALLEL:
         return _columns(entry)
-    if matrix == "lora_A":
+    if matrix == "lora_A" or module in _ON_EVERY_RANK:
         return Segment(tensor, WHOLE, last)
     if kind:
         return Segment(tensor, SHARES if kind == "q" else HEADS, 0)

@@ -145,7 +145,8 @@ class VllmEngine:
             raise RuntimeError(f"{call} while the weights are released: call restore_weights() first")
 
     def _collector(self, request: GroupRequest) -> Collector:
-        return Collector(request, self._budget(request), self._stop_tokens, self._no_experts)
+        dense = self._architecture.dense_layers
+        return Collector(request, self._budget(request), self._stop_tokens, self._no_experts, dense)
 
     def _budget(self, request: GroupRequest) -> int:
         """Tokens that a response to this request may have."""

@@ -35,6 +35,7 @@ def apply_patches() -> None:
             cpu_communicator_gathers_unequal_parts,
             numa_policy_left_alone,
             norms_stay_in_cache,
+            rotary_of_parts_of_heads,
         ):
             if patch.__name__ not in _applied:
                 patch()
@@ -183,8 +184,8 @@ def quantized_experts_without_amx() -> None:
 def quantized_experts_of_any_routing() -> None:
     """Let the int8 and int4 CPU experts follow every router.
 
-    Without it they know plain softmax alone and refuse DeepSeek's, although the router is a module of its own that hands
-    them expert ids and weights (the class for bfloat16 says so of itself).
+    Without it they know plain softmax alone and refuse DeepSeek's, although the router is a module of its own that
+    hands them expert ids and weights (the class for bfloat16 says so of itself).
     """
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
@@ -280,6 +281,27 @@ def _reduce_scatterv(self: Any, input_: torch.Tensor, dim: int = -1, sizes: list
     sizes = sizes or [total.shape[0] // self.world_size] * self.world_size
     start = sum(sizes[: self.rank_in_group])
     return total[start : start + sizes[self.rank_in_group]].clone()
+
+
+def rotary_of_parts_of_heads() -> None:
+    """Give the CPU kernel of rotary embedding rows of heads that follow each other.
+
+    Without it latent attention without YaRN is wrong: it hands over a slice of each head, [tokens, heads, width], of
+    which the kernel, that counts heads by the last dimension, turns the first. (With YaRN vLLM computes in torch.)
+    """
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    original = _existing(RotaryEmbedding, "forward_cpu")
+
+    @functools.wraps(original)
+    def forward_cpu(self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
+        if query.dim() != 3:
+            return original(self, positions, query, key)
+        rows = [None if x is None else x.flatten(1).contiguous() for x in (query, key)]
+        turned = original(self, positions, *rows)
+        return tuple(x if x is None else x.view(was.shape) for x, was in zip(turned, (query, key), strict=True))
+
+    RotaryEmbedding.forward_cpu = forward_cpu
 
 
 def numa_policy_left_alone() -> None:
