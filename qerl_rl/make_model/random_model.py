@@ -123,18 +123,23 @@ def build_moe(family: str, sizes: MoeSizes, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _phimoe_options(sizes: MoeSizes) -> dict[str, Any]:
-    """As the published model, but for a jitter that gives an expert near rivals more often than once in 50 tokens."""
+    """As the published model."""
     pairs = sizes.hidden // sizes.heads // 2
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
-        "original_max_position_embeddings": sizes.max_length // 2,
+        "original_max_position_embeddings": sizes.max_length,
         "short_factor": [1.0 + 0.1 * pair for pair in range(pairs)],
         "long_factor": [2.0 + pair for pair in range(pairs)],
         "short_mscale": 1.2,
         "long_mscale": 1.3,
     }
-    return {"attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.1, "rope_parameters": rope}
+    biases = {"attention_bias": True, "lm_head_bias": True}
+    return {
+        **biases,
+        "rope_parameters": rope,
+        "max_position_embeddings": 4 * sizes.max_length,
+    }
 
 
 def _deepseek_options(family: str, sizes: MoeSizes) -> dict[str, Any]:

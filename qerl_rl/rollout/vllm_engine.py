@@ -27,6 +27,7 @@ from qerl_rl.rollout.adapters import AdapterSet
 from qerl_rl.rollout.collector import Collector, unfinished_samples
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest, LiveTarget
 from qerl_rl.rollout.environment import configure_environment
+from qerl_rl.rollout.families import check_family
 from qerl_rl.rollout.full_tensors import exchange_format, put
 from qerl_rl.rollout.kv_cache import KvCacheMemory
 from qerl_rl.rollout.lending import Lending
@@ -66,6 +67,7 @@ class VllmEngine:
         quantize_to: str | None = None,
         group_size: int = 0,
     ) -> None:
+        check_family(model_path)
         check_expert_sizes(model_path, rollout)
         configure_environment()
         self._rollout, self._max_length = rollout, max_length

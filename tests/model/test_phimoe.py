@@ -55,7 +55,7 @@ def test_positions_end_where_the_other_rotary_factors_begin(tiny_checkpoint: Cal
     folder = tiny_checkpoint("phimoe")
     rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
     found = MoeArchitecture.from_folder(folder)
-    assert found.max_positions == rope["original_max_position_embeddings"] == 256
+    assert found.max_positions == rope["original_max_position_embeddings"] == 512
     assert found.long_rope is not None
     assert found.long_rope.factors == tuple(rope["short_factor"])
 
