@@ -25,7 +25,7 @@ from qerl_rl.quant.quantize import recipe_of
 from qerl_rl.reshard.moved import moved_tensors, target_layout
 from qerl_rl.rewards import load_rewards
 from qerl_rl.rewards.model import check_reward_model
-from qerl_rl.rollout.limits import check_expert_sizes
+from qerl_rl.rollout.limits import check_expert_sizes, check_latent_width
 from trainer.ascend import check_ascend
 from trainer.model_limits import check_model_limits
 from trainer.resume import ResumePoint, find_resume
@@ -148,6 +148,8 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture, ha
             check_rounding(architecture, recipe_of(config.quant), config.train)
         if config.has_rollout_engine:
             check_expert_sizes(config.model.path, rollout)
+            if config.train.device == "cpu":
+                check_latent_width(config.model.path)
             target_layout(config, architecture, moved_tensors(config, architecture))
     except ConfigError as error:
         # What these check is known without a launch file; here the line of the key can be added.

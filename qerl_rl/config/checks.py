@@ -65,6 +65,14 @@ def _check_train_layout(config: Config) -> Fault:
         problem = f"{key}={expert} x train.expert_tensor_parallel={train.expert_tensor_parallel} does not divide"
         fix = f"set {key} to a divisor of {ranks_per_stage // train.expert_tensor_parallel}"
         return key, f"{problem} the {ranks_per_stage} ranks of a pipeline stage.", fix
+    if train.layers_per_stage and not re.fullmatch(r"[1-9]\d*(, *[1-9]\d*)*", train.layers_per_stage):
+        key = "train.layers_per_stage"
+        fix = f"write {pipeline} numbers above 0 with commas between them, those of the model's layers together"
+        return key, f"{key}={train.layers_per_stage} are no numbers of layers.", fix
+    if train.layers_per_stage and len(train.stage_layers) != pipeline:
+        key = "train.layers_per_stage"
+        problem = f"{key}={train.layers_per_stage} are {len(train.stage_layers)} stages, train.pipeline_parallel is"
+        return key, f"{problem} {pipeline}.", f"set train.pipeline_parallel to {len(train.stage_layers)}"
     if tensor > 1 and not train.sequence_parallel:
         key = "train.sequence_parallel"
         problem = f"train.tensor_parallel={tensor} without sequence parallelism: Megatron trains no MoE that way."

@@ -91,7 +91,7 @@ class TrainConfig(RouterConfig):
     @property
     def stage_layers(self) -> tuple[int, ...]:
         """layers_per_stage as numbers; none where all stages are alike."""
-        return tuple(int(count) for count in self.layers_per_stage.split(",") if count.strip())
+        return tuple(int(count) for count in self.layers_per_stage.split(",") if count.strip().isdecimal())
 
 
 @dataclass(frozen=True)

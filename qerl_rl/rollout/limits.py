@@ -9,6 +9,8 @@ from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import RolloutConfig
 from qerl_rl.rollout.load_plan import LoadPlan
 
+CPU_LATENT = (512, 64)
+"""kv_lora_rank and qk_rope_head_dim of vLLM's CPU_MLA and AMX_MLA backends (their head size 576)."""
 TILE = 32
 """vLLM's int8 CPU expert kernel works on tiles of this many rows and columns."""
 
@@ -27,6 +29,19 @@ def check_expert_sizes(model_path: str | Path, rollout: RolloutConfig) -> None:
             f"rollout.tensor_parallel={rollout.tensor_parallel} cuts experts of width {width} into parts that are no "
             f"multiples of {TILE}.",
             fix="set rollout.expert_parallel to true (whole experts on each rank)",
+        )
+
+
+def check_latent_width(model_path: str | Path) -> None:
+    """Raise ConfigError for latent attention that vLLM's CPU kernels were not compiled for."""
+    config = json.loads((Path(model_path) / "config.json").read_text())
+    found = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
+    if found[0] is not None and found != CPU_LATENT:
+        raise ConfigError(
+            f"kv_lora_rank + qk_rope_head_dim = {found[0]} + {found[1]}: the engine's CPU kernels have latents of "
+            f"{CPU_LATENT[0]} + {CPU_LATENT[1]} only, those of DeepSeek-V2 and V3.",
+            fix="use a model with these sizes, or run the engine on NPUs",
+            where=str(Path(model_path) / "config.json"),
         )
 
 

@@ -31,7 +31,7 @@ from qerl_rl.rollout.families import check_family
 from qerl_rl.rollout.full_tensors import exchange_format, put
 from qerl_rl.rollout.kv_cache import KvCacheMemory
 from qerl_rl.rollout.lending import Lending
-from qerl_rl.rollout.limits import check_expert_sizes, check_groups
+from qerl_rl.rollout.limits import check_expert_sizes, check_groups, check_latent_width
 from qerl_rl.rollout.load_plan import LoadPlan
 from qerl_rl.rollout.loader import loader_options
 from qerl_rl.rollout.merge import MergedAdapters, has_adapters, merges_adapters
@@ -82,6 +82,8 @@ class VllmEngine:
             apply_patches()
             self._plan = LoadPlan(model_path, platform_name(), quantize_to, group_size)
             check_groups(self._plan, rollout)
+            if self._plan.platform == "cpu":
+                check_latent_width(model_path)
             arguments = _engine_args(self._plan, rollout, max_length, seed)
             self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
         runner = self._engine.model_executor.driver_worker.worker.model_runner
