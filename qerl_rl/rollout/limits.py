@@ -49,7 +49,8 @@ def check_groups(plan: LoadPlan, rollout: RolloutConfig) -> None:
     """Raise ConfigError where tensor parallel cuts through groups of weights that share a scale."""
     ranks, folder = rollout.tensor_parallel, plan.reader.path
     config = json.loads((folder / "config.json").read_text())
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    values = config.get("v_head_dim") or config.get("head_dim")
+    head_dim = values or config["hidden_size"] // config["num_attention_heads"]
     cut = {"self_attn.o_proj": config["num_attention_heads"] * head_dim}
     if not rollout.expert_parallel:
         cut[".experts.0."] = config.get("moe_intermediate_size") or config["intermediate_size"]
