@@ -67,7 +67,7 @@ def test_logits_equal_those_of_the_folded_mixtral(
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-PUBLISHED = {
+SPARE = {
     "model_type": "minicpm",
     "hidden_size": 2304,
     "intermediate_size": 5760,
@@ -86,11 +86,11 @@ PUBLISHED = {
 }
 
 
-def test_what_a_published_config_leaves_out_has_its_classes_values(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+def test_what_a_config_leaves_out_has_its_classes_values(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SPARE))
     found = MoeArchitecture.from_folder(tmp_path)
     assert (found.rope_theta, found.tied_embeddings, found.head_dim) == (10000.0, True, 64)
     assert found.scales.residual == 1.4 / math.sqrt(40)
-    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, "num_experts": 0}))
+    (tmp_path / "config.json").write_text(json.dumps({**SPARE, "num_experts": 0}))
     with pytest.raises(ConfigError, match="num_experts=0"):
         MoeArchitecture.from_folder(tmp_path)
