@@ -28,6 +28,7 @@ from qerl_rl.rewards import load_rewards
 from qerl_rl.rewards.model import check_reward_model
 from qerl_rl.rollout.limits import check_expert_sizes, check_kv_cache, check_latent_width
 from trainer.ascend import check_ascend, is_for_npu
+from trainer.model_limits import check_model_limits
 from trainer.resume import ResumePoint, find_resume
 from trainer.simulation import prepare_simulation
 from trainer.value_models import check_value_models, load_tokenizer
@@ -80,6 +81,7 @@ def preflight(loaded: LoadedConfig, resume: str = "never", *, dry_run: bool = Fa
     has_weights = not dry_run or any(Path(config.model.path).glob("*.safetensors"))
     if has_weights:
         _check_format(loaded)
+    check_model_limits(loaded, architecture)
     _check_model_layouts(loaded, architecture, has_weights)
     check_ascend(loaded, architecture, has_weights)
     load_rewards(config.reward)

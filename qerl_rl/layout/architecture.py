@@ -10,7 +10,7 @@ from typing import Any
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.layout.families import FAMILIES, Family
 from qerl_rl.layout.families.common import rope_of
-from qerl_rl.layout.parts import USUAL_NAMES, LatentAttention, ModuleNames, Yarn
+from qerl_rl.layout.parts import NO_SCALES, USUAL_NAMES, LatentAttention, LongRope, ModuleNames, Scales, Yarn
 from qerl_rl.layout.routing import RoutingRule
 from qerl_rl.quant.checkpoint import read_config
 
@@ -52,6 +52,14 @@ class MoeArchitecture:
     """The first ones have one MLP in place of experts."""
     dense_width: int = 0
     names: ModuleNames = USUAL_NAMES
+    centered_norms: bool = False
+    """Layer norms (which subtract the mean and have a bias) and not RMS norms."""
+    projection_bias: bool = False
+    """The attention's output projection has a bias."""
+    output_bias: bool = False
+    """The output layer has one."""
+    long_rope: LongRope | None = None
+    scales: Scales = NO_SCALES
 
     @classmethod
     def from_folder(cls, path: str | Path) -> MoeArchitecture:
@@ -70,6 +78,7 @@ class MoeArchitecture:
                 fix=f"use a model of the families {', '.join(FAMILIES)}",
                 where=where,
             )
+        config = {**family.defaults, **config}
         _reject_unsupported(family, config, where)
         try:
             return cls(family=name, **{**_common_sizes(config), **family.sizes(config)})

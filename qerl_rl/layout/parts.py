@@ -78,6 +78,35 @@ class Yarn:
         return plain * (1 - slow) + plain / self.factor * slow
 
 
+@dataclass(frozen=True)
+class LongRope:
+    """Rotary positions of a model whose context was extended (LongRoPE, arXiv 2402.13753), within its first context.
+
+    factors: [head_dim / 2], what the frequency of each pair of elements is divided by. scale: of cosine and sine.
+    """
+
+    factors: tuple[float, ...]
+    scale: float
+
+    @property
+    def product_scale(self) -> float:
+        """What the attention's products are multiplied by, beside 1 / sqrt(width): queries and keys are both scaled."""
+        return self.scale**2
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Constants of MiniCPM (arXiv 2404.06395, section 4.1): of the embeddings, of what attention and experts add to the
+    residual stream, and of what the output layer reads."""
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    output: float = 1.0
+
+
+NO_SCALES = Scales()
+
+
 def yarn_scale(factor: float, weight: float = 1.0) -> float:
     """How much sharper attention must be over a context `factor` times as long (equation 22): 1 + 0.1 w ln(factor)."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

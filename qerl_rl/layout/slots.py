@@ -33,20 +33,22 @@ def weight_slots(architecture: MoeArchitecture, sizes: ParallelSizes, head: str 
     slots = [_embedding(architecture, sizes)]
     for layer in range(architecture.layers):
         prefix = f"model.layers.{layer}."
-        slots.append(_whole(layer, "input_layernorm.weight", f"{prefix}input_layernorm.weight", architecture))
+        slots += _norm(layer, "input_layernorm", f"{prefix}input_layernorm", architecture)
         slots += _attention_slots(architecture, layer)
-        post = f"{prefix}post_attention_layernorm.weight"
-        slots.append(_whole(layer, "pre_mlp_layernorm.weight", post, architecture))
+        slots += _norm(layer, "pre_mlp_layernorm", f"{prefix}post_attention_layernorm", architecture)
         if architecture.has_experts(layer):
             slots += _expert_slots(architecture, layer)
             slots += _shared_expert_slots(architecture, layer)
         else:
             slots += _mlp_slots(architecture, layer, "mlp", f"{prefix}mlp", architecture.dense_width)
-    slots.append(_whole(architecture.layers, "decoder.final_layernorm.weight", "model.norm.weight", architecture))
+    slots += _norm(architecture.layers, "decoder.final_layernorm", "model.norm", architecture)
     if head == VALUE:
         slots.append(value_head_slot(architecture))
     elif not architecture.tied_embeddings or sizes.pipeline > 1:
         slots.append(_output_layer(architecture, sizes))
+    if head == LANGUAGE_MODEL and architecture.output_bias:
+        bias = _vocabulary(architecture, sizes, "lm_head.bias")
+        slots.append(Slot(architecture.layers, "output_layer.bias", *bias))
     return slots
 
 
@@ -60,20 +62,29 @@ def _whole(layer: int, name: str, hf_name: str, architecture: MoeArchitecture, *
     return Slot(layer, name, Block(shape), (Piece(hf_name, shape),))
 
 
-def _vocabulary(architecture: MoeArchitecture, sizes: ParallelSizes, hf_name: str) -> tuple[Block, tuple[Piece, ...]]:
-    rows, hidden = architecture.vocabulary_size, architecture.hidden_size
-    block = Block((padded_vocabulary(architecture, sizes), hidden), split_dim=0)
-    return block, (Piece(hf_name, (rows, hidden), (slice(0, rows),)),)
+def _norm(layer: int, name: str, hf_name: str, architecture: MoeArchitecture) -> list[Slot]:
+    """The weight of a norm of hidden states, and its bias where it has one."""
+    parameters = ("weight", "bias") if architecture.centered_norms else ("weight",)
+    return [_whole(layer, f"{name}.{own}", f"{hf_name}.{own}", architecture) for own in parameters]
+
+
+def _vocabulary(
+    architecture: MoeArchitecture, sizes: ParallelSizes, hf_name: str, *columns: int
+) -> tuple[Block, tuple[Piece, ...]]:
+    rows = architecture.vocabulary_size
+    block = Block((padded_vocabulary(architecture, sizes), *columns), split_dim=0)
+    return block, (Piece(hf_name, (rows, *columns), (slice(0, rows),)),)
 
 
 def _embedding(architecture: MoeArchitecture, sizes: ParallelSizes) -> Slot:
-    block, pieces = _vocabulary(architecture, sizes, "model.embed_tokens.weight")
+    block, pieces = _vocabulary(architecture, sizes, "model.embed_tokens.weight", architecture.hidden_size)
     return Slot(FIRST_STAGE, "embedding.word_embeddings.weight", block, pieces)
 
 
 def _output_layer(architecture: MoeArchitecture, sizes: ParallelSizes) -> Slot:
     tied = architecture.tied_embeddings
-    block, pieces = _vocabulary(architecture, sizes, "model.embed_tokens.weight" if tied else "lm_head.weight")
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    block, pieces = _vocabulary(architecture, sizes, name, architecture.hidden_size)
     return Slot(architecture.layers, "output_layer.weight", block, pieces, exported=not tied)
 
 
@@ -118,7 +129,10 @@ def _attention_slots(architecture: MoeArchitecture, layer: int) -> list[Slot]:
             slots.append(_whole(layer, norm, f"{attention}{kind}_norm.weight", architecture, architecture.head_dim))
     shape = (hidden, architecture.query_size)
     pieces = (Piece(f"{attention}o_proj.weight", shape),)
-    return [*slots, Slot(layer, "self_attention.linear_proj.weight", Block(shape, 1), pieces, quantizable=True)]
+    slots.append(Slot(layer, "self_attention.linear_proj.weight", Block(shape, 1), pieces, quantizable=True))
+    if architecture.projection_bias:
+        slots.append(_whole(layer, "self_attention.linear_proj.bias", f"{attention}o_proj.bias", architecture))
+    return slots
 
 
 def _expert_slots(architecture: MoeArchitecture, layer: int) -> list[Slot]:

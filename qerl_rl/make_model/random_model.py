@@ -16,6 +16,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,11 +29,13 @@ from transformers import (
 
 from qerl_rl.layout.slots import ROUTER_BIAS
 from qerl_rl.make_model.characters import character_tokenizer
+from qerl_rl.make_model.minicpm import MINICPM, mixtral_to_minicpm
 
 _FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "phimoe": (PhimoeConfig, PhimoeForCausalLM),
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
 }
@@ -96,7 +100,7 @@ def build_moe(family: str, sizes: MoeSizes, tokenizer: PreTrainedTokenizerBase, 
     }
     if family in ("qwen3_moe", "mixtral"):
         options["head_dim"] = sizes.head_dim
-    if family == "mixtral":
+    if family in ("mixtral", "phimoe"):
         options |= {"num_local_experts": sizes.experts, "intermediate_size": sizes.expert_width}
     else:
         options |= {
@@ -107,6 +111,8 @@ def build_moe(family: str, sizes: MoeSizes, tokenizer: PreTrainedTokenizerBase, 
         }
     if family == "qwen2_moe":
         options |= {"shared_expert_intermediate_size": sizes.shared_expert_width, "qkv_bias": True}
+    if family == "phimoe":
+        options |= _phimoe_options(sizes)
     if family.startswith("deepseek"):
         options |= _deepseek_options(family, sizes)
     config_class, model_class = _FAMILIES[family]
@@ -114,6 +120,26 @@ def build_moe(family: str, sizes: MoeSizes, tokenizer: PreTrainedTokenizerBase, 
         torch.manual_seed(seed)
         model = model_class(config_class(**options))
     return model.eval()
+
+
+def _phimoe_options(sizes: MoeSizes) -> dict[str, Any]:
+    """As the published model."""
+    pairs = sizes.hidden // sizes.heads // 2
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": sizes.max_length,
+        "short_factor": [1.0 + 0.1 * pair for pair in range(pairs)],
+        "long_factor": [2.0 + pair for pair in range(pairs)],
+        "short_mscale": 1.2,
+        "long_mscale": 1.3,
+    }
+    biases = {"attention_bias": True, "lm_head_bias": True}
+    return {
+        **biases,
+        "rope_parameters": rope,
+        "max_position_embeddings": 4 * sizes.max_length,
+    }
 
 
 def _deepseek_options(family: str, sizes: MoeSizes) -> dict[str, Any]:
@@ -161,7 +187,7 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
             center, deviation = 1.0, 0.1
         elif name.endswith(".bias"):
             deviation = 0.2
-        elif name.endswith(("mlp.gate.weight", "shared_expert_gate.weight")):
+        elif name.endswith(("mlp.gate.weight", "mlp.router.weight", "shared_expert_gate.weight")):
             deviation = 2.0 / math.sqrt(hidden)
         elif name.endswith("lm_head.weight") or (name.endswith("embed_tokens.weight") and tied):
             deviation = 2.5 / math.sqrt(hidden)
@@ -202,7 +228,13 @@ def save_random_checkpoint(
 ) -> Path:
     """A random checkpoint of `family` with the character tokenizer, the same files for the same arguments."""
     tokenizer = character_tokenizer()
-    model = build_moe(family, sizes or MoeSizes(), tokenizer)
+    model = build_moe("mixtral" if family == MINICPM else family, sizes or MoeSizes(), tokenizer)
     randomize(model, seed)
     save_model(model, tokenizer, folder, dtype)
+    if family == MINICPM:
+        mixtral_to_minicpm(folder)
+    if family == "phimoe":
+        # As published: by transformers' own name vLLM takes its generic model, whose experts no adapter reaches.
+        config = json.loads((folder / "config.json").read_text()) | {"architectures": ["PhiMoEForCausalLM"]}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder

@@ -36,9 +36,10 @@ from qerl_rl.model.latent_attention import PackedLatentAttention
 from qerl_rl.model.linear import ColumnLinear, RowLinear
 from qerl_rl.model.lora import initialize_adapters
 from qerl_rl.model.parallel import current_sizes, initialize_parallel
+from qerl_rl.model.peculiarities import add_peculiarities, scaled_add
 from qerl_rl.model.routing_replay import ReplayingLayer, ReplayingMoELayer
 from qerl_rl.model.value_head import ValueHead
-from qerl_rl.platform.torch_modules import PackedAttention, RMSNorm
+from qerl_rl.platform.torch_modules import LayerNorm, PackedAttention, RMSNorm
 from qerl_rl.quant.formats import Format
 
 __all__ = ["build_model", "initialize_parallel", "transformer_config"]
@@ -92,6 +93,7 @@ def build_model(
     model.lora, model.head = lora, head
     if model.post_process and head == VALUE:
         model.output_layer = ValueHead(config)
+    add_peculiarities(model, architecture, logits=head == LANGUAGE_MODEL)
     if lora is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("_lora_" in name or (head == VALUE and name.startswith("output_layer.")))
@@ -212,20 +214,26 @@ def _block_spec(
             mlp = _experts_spec(architecture, lora, own, routing)
         else:
             mlp = ModuleSpec(module=MLP, submodules=_mlp_submodules("mlp", lora, own))
-        layers.append(_layer_spec(_attention_spec(architecture, lora, own), mlp))
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+        layers.append(_layer_spec(architecture, _attention_spec(architecture, lora, own), mlp))
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(architecture))
 
 
-def _layer_spec(attention: ModuleSpec, mlp: ModuleSpec) -> ModuleSpec:
+def _norm(architecture: MoeArchitecture) -> type[torch.nn.Module]:
+    return LayerNorm if architecture.centered_norms else RMSNorm
+
+
+def _layer_spec(architecture: MoeArchitecture, attention: ModuleSpec, mlp: ModuleSpec) -> ModuleSpec:
+    norm, scale = _norm(architecture), architecture.scales.residual
+    add = get_bias_dropout_add if scale == 1 else scaled_add(scale)
     return ModuleSpec(
         module=ReplayingLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            self_attn_bda=add,
+            pre_mlp_layernorm=norm,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
         ),
     )
 
@@ -236,8 +244,10 @@ def _attention_spec(
     """Args: formats: of the layer's weights, by the names of their slots."""
     of_attention = lora if lora and lora.attention else None
 
-    def linear(kind: type[ColumnLinear | RowLinear], name: str, adapted: LoraConfig | None = of_attention) -> Any:
-        return _linear(kind, formats.get(f"self_attention.{name}.weight"), adapted)
+    def linear(
+        kind: type[ColumnLinear | RowLinear], name: str, adapted: LoraConfig | None = of_attention, **options: bool
+    ) -> Any:
+        return _linear(kind, formats.get(f"self_attention.{name}.weight"), adapted, **options)
 
     params: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal}
     if architecture.latent:
@@ -262,7 +272,7 @@ def _attention_spec(
         submodules=SelfAttentionSubmodules(
             linear_qkv=linear(ColumnLinear, "linear_qkv"),
             core_attention=PackedAttention,
-            linear_proj=linear(RowLinear, "linear_proj"),
+            linear_proj=linear(RowLinear, "linear_proj", own_bias=architecture.projection_bias),
             q_layernorm=head_norm,
             k_layernorm=head_norm,
         ),
@@ -295,11 +305,14 @@ def _experts_spec(
     return ModuleSpec(module=ReplayingMoELayer, submodules=submodules, params=dict(routing))
 
 
-def _linear(kind: type[ColumnLinear | RowLinear], format: Format | None, lora: LoraConfig | None) -> Any:
-    """A column- or row-parallel linear layer: Megatron's own where the weights are plain."""
-    if format is None and lora is None:
+def _linear(
+    kind: type[ColumnLinear | RowLinear], format: Format | None, lora: LoraConfig | None, **options: bool
+) -> Any:
+    """A column- or row-parallel linear layer: Megatron's own where the weights are plain. options: of `kind`."""
+    if format is None and lora is None and not any(options.values()):
         return ColumnParallelLinear if kind is ColumnLinear else RowParallelLinear
-    return ModuleSpec(module=kind, params={"weights": LayerWeights({"weight": format} if format else {}, lora)})
+    weights = LayerWeights({"weight": format} if format else {}, lora)
+    return ModuleSpec(module=kind, params={"weights": weights, **options})
 
 
 def _mask_vocabulary_padding(model: GPTModel, vocabulary_size: int) -> None:

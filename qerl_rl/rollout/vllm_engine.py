@@ -31,6 +31,7 @@ from qerl_rl.rollout.engine import GroupOutput, GroupRequest, LiveTarget
 from qerl_rl.rollout.engine_memory import engine_memory
 from qerl_rl.rollout.engine_options import engine_arguments
 from qerl_rl.rollout.environment import configure_environment
+from qerl_rl.rollout.families import check_family
 from qerl_rl.rollout.full_tensors import exchange_format, put
 from qerl_rl.rollout.lending import Lending
 from qerl_rl.rollout.limits import check_engine
@@ -69,6 +70,7 @@ class VllmEngine:
         quantize_to: str | None = None,
         group_size: int = 0,
     ) -> None:
+        check_family(model_path)
         configure_environment(rollout)
         self._rollout, self._max_length = rollout, max_length
         self._stop_tokens = end_of_sequence_tokens(Path(model_path))

@@ -129,11 +129,15 @@ class _Vector:
 
 
 class _InPlace:
-    """A module whose weight is used as it lies there (norms, embeddings), or also as a packed copy (output layer)."""
+    """A module whose parameters are used as they lie there (norms, embeddings), or the weight also as a packed copy
+    (output layer)."""
 
     def __init__(self, path: str, model: Any, module: Any) -> None:
-        self._module, self._weight = module, module.weight
-        self.locals = {f"{path}.weight": (tuple(module.weight.shape), module.weight.dtype)}
+        self._module = module
+        self._kinds = {f"{path}.{kind}": kind for kind in ("weight", "bias") if getattr(module, kind, None) is not None}
+        parameters = {name: getattr(module, kind) for name, kind in self._kinds.items()}
+        self.locals = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in parameters.items()}
+        self.nbytes = sum(tensor.nbytes for tensor in parameters.values())
         # Only the output layer of a model computes products with what else is an embedding.
         head = getattr(model, "lm_head", None)
         self._packs = head if head is not None and getattr(head, "weight", None) is module.weight else None
@@ -142,15 +146,11 @@ class _InPlace:
         """Nothing is kept."""
 
     def write(self, local: str) -> torch.Tensor:
-        return self._module.weight.data
+        return getattr(self._module, self._kinds[local]).data
 
     def complete(self, local: str) -> None:
         if self._packs is not None:
             self._packs.quant_method.process_weights_after_loading(self._packs)
-
-    @property
-    def nbytes(self) -> int:
-        return self._weight.nbytes
 
 
 class _Packed:

@@ -29,6 +29,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "DeepSeek-V3, YaRN": ("deepseek_v3", {"top_k": 3, "yarn": True}),
     "DeepSeek-V3, no groups, queries in one projection": ("deepseek_v3", {"groups": 1, "query_rank": 0}),
 }
+PHI = {"Phi-3.5-MoE": ("phimoe", {})}
+"""Apart from the others, since its weights depend on which experts would have been chosen."""
 LORA = LoraConfig(rank=4, alpha=8.0)
 
 
@@ -91,7 +93,7 @@ def _compare_all(folders: dict[str, Path]) -> dict[str, Comparison]:
 
 @pytest.fixture(scope="module")
 def comparisons(tiny_checkpoint: Callable[..., Path], one_rank: RankPool) -> dict[str, Comparison]:
-    folders = {case: tiny_checkpoint(family, **sizes) for case, (family, sizes) in CASES.items()}
+    folders = {case: tiny_checkpoint(family, **sizes) for case, (family, sizes) in (CASES | PHI).items()}
     return one_rank(_compare_all, folders)[0]
 
 
@@ -99,14 +101,14 @@ def _cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return (found * expected).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(expected, axis=-1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *PHI])
 def test_logits_equal_transformers_at_every_position(case: str, comparisons: dict[str, Comparison]) -> None:
     found = comparisons[case]
     assert _cosines(found.packed, found.transformers).min() >= 0.9999
     np.testing.assert_allclose(found.packed, found.transformers, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *PHI])
 def test_packed_sequences_do_not_see_each_other(case: str, comparisons: dict[str, Comparison]) -> None:
     np.testing.assert_allclose(comparisons[case].packed, comparisons[case].separate, atol=1e-5)
 
@@ -180,6 +182,7 @@ STORED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "MXFP8": ("qwen2_moe", "mxfp8", {}),
     "W8A8, DeepSeek-V3": ("deepseek_v3", "w8a8", {}),
     "W8A8, DeepSeek-V2": ("deepseek_v2", "w8a8", {}),
+    "W8A8, Phi-3.5-MoE": ("phimoe", "w8a8", {}),
     "W4A16 experts, the rest W8A8, one layer bf16": (
         "qwen2_moe",
         "w4a16",

@@ -24,7 +24,7 @@ LAYOUTS = {
     "TP2 EP2": TrainConfig(tensor_parallel=2, expert_parallel=2),
     "TP2 EP2 allgather": TrainConfig(tensor_parallel=2, expert_parallel=2, token_dispatcher="allgather"),
 }
-FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3")
+FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "phimoe", "minicpm")
 LORA = LoraConfig(rank=4, alpha=8.0)
 
 

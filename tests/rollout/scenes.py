@@ -128,7 +128,7 @@ def _unfused(name: str, delta: torch.Tensor, config: Any) -> list[tuple[str, tor
     layer, _, module = name.partition(".mlp.experts.")
     if not module:
         return [(f"{name}.weight", delta)]
-    mixtral = config.model_type == "mixtral"
+    mixtral = config.model_type in ("mixtral", "phimoe")
     place = f"{layer}.block_sparse_moe.experts" if mixtral else f"{layer}.mlp.experts"
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     parts = []
@@ -171,11 +171,13 @@ def write_merged(folder: Path, adapters: Mapping[str, torch.Tensor], out: Path, 
 
 def _fused_experts(weights: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors under the names of transformers 5, which stacks the experts."""
-    mixtral = config.model_type == "mixtral"
+    mixtral = config.model_type in ("mixtral", "phimoe")
     count = config.num_local_experts if mixtral else config.num_experts
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     fused = {name: tensor for name, tensor in weights.items() if ".experts." not in name}
     fused = {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in fused.items()}
+    if config.model_type == "phimoe":
+        fused = {name.replace(".gate.", ".router."): tensor for name, tensor in fused.items()}
     for layer in range(getattr(config, "first_k_dense_replace", 0), config.num_hidden_layers):
         place = f"model.layers.{layer}.{'block_sparse_moe' if mixtral else 'mlp'}.experts"
 
