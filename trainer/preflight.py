@@ -17,7 +17,8 @@ from qerl_rl.config.schema import Config
 from qerl_rl.data.pairs import load_pairs
 from qerl_rl.data.prompts import Prompt, PromptSet, held_out, load_prompts
 from qerl_rl.data.source import PromptSource
-from qerl_rl.layout.architecture import MoeArchitecture, check_layout
+from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.fit import check_layout
 from qerl_rl.model.formats import check_checkpoint, check_rounding
 from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.quant.quantize import recipe_of

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qerl_rl.config.loader import from_dict
+from qerl_rl.metrics.profile import StageProfiler, stage
 from qerl_rl.reshard.ledger import CRITIC, POLICY, REWARD_MODEL, SwapReport
 from qerl_rl.start_up import collector_paused
 from transfer_dock import Batch, Jagged, SampleKey, TransferDock
@@ -45,6 +46,11 @@ class ActorHybridWorker:
     def __init__(self, config: dict[str, Any], rank: int, world_size: int) -> None:
         self.config = from_dict(config)
         self.rank, self.world_size = rank, world_size
+        self.profiler = StageProfiler(self.config, rank)
+
+    def begin_step(self, step: int) -> None:
+        """What comes next is done in `step` of the loop, for profiler.steps; what is told a step says so by itself."""
+        self.profiler.step = step
 
     def reserve_address(self) -> tuple[str, int]:
         """Address and free port of this worker's node, for rank 0 to be the rendezvous of all."""
@@ -81,7 +87,7 @@ class ActorHybridWorker:
 
         device = detect(self.config.train.device)
         device.select(local_rank)
-        prepare_megatron(device)
+        prepare_megatron(device, self.config)
         import torch
 
         torch.distributed.init_process_group(device.collective_backend, rank=self.rank, world_size=self.world_size)
@@ -142,12 +148,16 @@ class ActorHybridWorker:
 
     def swap_to_rollout(self, step: int) -> SwapReport:
         """Serve the newest policy, with the noise of `step`."""
-        return self.swap.to_rollout(step)
+        self.begin_step(step)
+        with self.profiler.stage("swap_to_rollout"):
+            return self.swap.to_rollout(step)
 
+    @stage("swap_to_train")
     def swap_to_train(self, model: str = POLICY) -> SwapReport:
         """Give the card to the trainer: of the policy, or of `critic` or `reward_model`."""
         return self.swap.to_train(model)
 
+    @stage("swap_to_rollout")
     def publish(self, step: int) -> SwapReport:
         """Serve the newest policy, to sample for `step`, while this rank goes on training.
 
@@ -155,6 +165,7 @@ class ActorHybridWorker:
         """
         return self.swap.publish(step)
 
+    @stage("rollout")
     def generate(self, dock: TransferDock, prompts: Batch | None, quota: int | None = None) -> dict[str, Any]:
         """Answer the prompts of this data-parallel rank's lease (None: no prompts), writing each group when it is done.
 
@@ -224,9 +235,11 @@ class ActorHybridWorker:
         """
         samples, bypass = to_samples(batch), self.config.rollout_correction.bypass_mode
         noise = self.swap.noise_of(step if self.config.noise.log_probs == "noisy" else 0)
-        old = None if bypass else self.train.log_probs(samples, noise=noise)
-        clean = self.train.log_probs(samples) if noise.sigma and not bypass else old
-        reference = self.train.log_probs(samples, reference=True) if self.config.has_reference else None
+        with self.profiler.stage("old_log_probs"):
+            old = None if bypass else self.train.log_probs(samples, noise=noise)
+            clean = self.train.log_probs(samples) if noise.sigma and not bypass else old
+        with self.profiler.stage("reference_log_probs"):
+            reference = self.train.log_probs(samples, reference=True) if self.config.has_reference else None
         if not self.train.is_output_rank:
             return {}
         from qerl_rl.algorithms.mismatch import noise_mismatch
@@ -248,18 +261,21 @@ class ActorHybridWorker:
             metrics |= noise_mismatch(old_rows, clean.log_probs) if noise.sigma else {}
         return metrics
 
+    @stage("reward")
     def model_scores(self, dock: TransferDock, batch: Batch) -> None:
         """The reward model's score of each of this rank's samples into the dock; it must have the card."""
         scores = self.reward_model.scores(to_samples(batch))
         if scores is not None:
             dock.put({"model_scores": scores}, batch.keys)
 
+    @stage("values")
     def values(self, dock: TransferDock, batch: Batch) -> None:
         """The critic's values of this rank's samples, one a response token, into the dock; it must have the card."""
         values = self.critic.values(to_samples(batch))
         if values is not None:
             dock.put({"values": Jagged.from_rows(values)}, batch.keys)
 
+    @stage("critic_update")
     def update_critic(self, batches: Sequence[Batch]) -> list[dict[str, float]]:
         """One optimizer update of the critic for each mini-batch share; the metrics of each, equal on all ranks."""
         from qerl_rl.algorithms.ppo import value_loss
@@ -270,6 +286,7 @@ class ActorHybridWorker:
             for batch in batches
         ]
 
+    @stage("reference_log_probs")
     def reference_log_probs(self, dock: TransferDock, batch: Batch) -> None:
         """Log-probs of this rank's responses by the model that training began with, into the dock."""
         reference = self.train.log_probs(to_samples(batch), reference=True)
@@ -307,10 +324,8 @@ class ActorHybridWorker:
         loss_function: LossFunction,
         aggregation: str,
     ) -> list[dict[str, float]]:
-        from qerl_rl.metrics.profile import profiled
-
-        record = self.rank == 0 and step == self.config.profiler.step
-        with profiled(Path(self.config.run.output_dir) / "profile" if record else None):
+        self.begin_step(step)
+        with self.profiler.stage("update"):
             return [
                 self.train.update(to_samples(batch, columns), loss_function, aggregation=aggregation)
                 for batch in batches

@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PretrainedConfig,
@@ -21,13 +25,19 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from qerl_rl.layout.slots import ROUTER_BIAS
 from qerl_rl.make_model.characters import character_tokenizer
 
 _FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
 }
+
+
+NO_AUXILIARY_LOSS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 
 @dataclass(frozen=True)
@@ -46,13 +56,26 @@ class MoeSizes:
     shared_expert_width: int = 96
     norm_topk_prob: bool = True
     tied: bool = False
+    dense_layers: int = 1
+    """DeepSeek only, as what follows: the first layers have no experts."""
+    query_rank: int = 24
+    """Width that queries are compressed to; 0: they are not."""
+    key_value_rank: int = 32
+    nope_head_dim: int = 32
+    rope_head_dim: int = 16
+    value_head_dim: int = 24
+    groups: int = 4
+    """Of experts, two of which a token may choose from; 1: no groups."""
+    routed_scaling: float = 1.5
+    yarn: bool = False
+    """Positions beyond a quarter of max_length turn slower."""
     vocabulary: int = 0
     """Tokens of the embedding; 0: as many as the tokenizer knows."""
     max_length: int = 512
 
 
 def build_moe(family: str, sizes: MoeSizes, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
-    """A float32 model of `family` (qwen3_moe, qwen2_moe or mixtral) with the vocabulary and the ends of `tokenizer`.
+    """A float32 model of `family` (a key of _FAMILIES) with the vocabulary and the ends of `tokenizer`.
 
     Its weights are HF's usual small ones, drawn by `seed` without touching the caller's random numbers.
     """
@@ -71,7 +94,7 @@ def build_moe(family: str, sizes: MoeSizes, tokenizer: PreTrainedTokenizerBase, 
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    if family != "qwen2_moe":
+    if family in ("qwen3_moe", "mixtral"):
         options["head_dim"] = sizes.head_dim
     if family == "mixtral":
         options |= {"num_local_experts": sizes.experts, "intermediate_size": sizes.expert_width}
@@ -84,11 +107,42 @@ def build_moe(family: str, sizes: MoeSizes, tokenizer: PreTrainedTokenizerBase, 
         }
     if family == "qwen2_moe":
         options |= {"shared_expert_intermediate_size": sizes.shared_expert_width, "qkv_bias": True}
+    if family.startswith("deepseek"):
+        options |= _deepseek_options(family, sizes)
     config_class, model_class = _FAMILIES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config_class(**options))
     return model.eval()
+
+
+def _deepseek_options(family: str, sizes: MoeSizes) -> dict[str, Any]:
+    """As published models of the family route; norm_topk_prob is V3's."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+    if sizes.yarn:
+        original = sizes.max_length // 4
+        # Unequal scales show where one is taken for the other.
+        scales = {"mscale": 1.0, "mscale_all_dim": 0.7}
+        rope |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": original, **scales}
+        rope |= {"beta_fast": 32, "beta_slow": 1}
+    method = "group_limited_greedy" if sizes.groups > 1 else "greedy"
+    return {
+        "num_key_value_heads": sizes.heads,
+        "n_routed_experts": sizes.experts,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": sizes.dense_layers,
+        "q_lora_rank": sizes.query_rank or None,
+        "kv_lora_rank": sizes.key_value_rank,
+        "qk_nope_head_dim": sizes.nope_head_dim,
+        "qk_rope_head_dim": sizes.rope_head_dim,
+        "v_head_dim": sizes.value_head_dim,
+        "n_group": sizes.groups,
+        "topk_group": min(2, sizes.groups),
+        "routed_scaling_factor": sizes.routed_scaling,
+        "rope_parameters": rope,
+        # transformers' V3 needs no word for how it chooses; vLLM does.
+        **({"topk_method": method, "norm_topk_prob": False} if family == "deepseek_v2" else NO_AUXILIARY_LOSS),
+    }
 
 
 @torch.no_grad()
@@ -117,6 +171,10 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
             # Otherwise the last token's own embedding outweighs the layers and the model repeats it.
             deviation *= 2.0
         parameter.copy_(center + deviation * torch.randn(parameter.shape, generator=generator))
+    for name, buffer in model.named_buffers():
+        if name.endswith(ROUTER_BIAS):
+            # Scores lie between 0 and 1: it changes the choice of many tokens and decides none alone.
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
 
 def save_model(
@@ -126,7 +184,12 @@ def save_model(
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.to(dtype).save_pretrained(folder)
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith(ROUTER_BIAS)}
+    model.to(dtype)
+    for name, bias in biases.items():
+        # As in published checkpoints, whatever the type of the rest.
+        model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], bias)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # transformers 5 writes its class's new name, which transformers 4 (beside vLLM-Ascend) does not know.
     tokenizer_config = folder / "tokenizer_config.json"

@@ -36,14 +36,14 @@ def partial_prompts_draw_from_spare_generators() -> None:
     def _sample(self: Any, *arguments: Any, **options: Any) -> Any:
         generators, rows = self.input_batch.generators, self.input_batch.num_reqs
         partial = np.flatnonzero(self.discard_request_mask.np[:rows]).tolist()
-        self.generators_set_aside = {row: generators[row] for row in partial if row in generators}
-        generators.update({row: _Spare() for row in self.generators_set_aside})
+        self.qerl_generators = {row: generators[row] for row in partial if row in generators}
+        generators.update({row: _Spare() for row in self.qerl_generators})
         return sample(self, *arguments, **options)
 
     @functools.wraps(keep_books)
     def _bookkeeping_sync(self: Any, *arguments: Any, **options: Any) -> Any:
         kept = keep_books(self, *arguments, **options)
-        self.input_batch.generators.update(self.generators_set_aside)
+        self.input_batch.generators.update(self.qerl_generators)
         return kept
 
     GPUModelRunner._sample = _sample

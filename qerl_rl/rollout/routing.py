@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.rollout.ascend.routing import record_quantized_experts
+from qerl_rl.rollout.vllm_objects import model_runner
 
 
 class SlotRecords:
@@ -74,11 +76,10 @@ def routing_engine(arguments: Any) -> Any:
     return engine
 
 
-def no_experts(engine: Any) -> np.ndarray:
-    """The routed experts of no token, as a vLLM LLMEngine returns them: [0, layers, top_k]."""
-    model = engine.vllm_config.model_config
-    dtype = np.uint8 if model.get_num_experts() <= 256 else np.int16
-    return np.empty((0, model.get_total_num_hidden_layers(), model.get_num_experts_per_tok()), dtype)
+def no_experts(model: MoeArchitecture) -> np.ndarray:
+    """The routed experts of no token, as GroupOutput has them: [0, layers, top_k]."""
+    dtype = np.uint8 if model.experts <= 256 else np.int16
+    return np.empty((0, model.layers, model.experts_per_token), dtype)
 
 
 def record_on_cpu(engine: Any) -> None:
@@ -94,7 +95,7 @@ def record_on_cpu(engine: Any) -> None:
         bind_routed_experts_capturer,
     )
 
-    runner = engine.model_executor.driver_worker.worker.model_runner
+    runner = model_runner(engine)
     scheduler = engine.engine_core.engine_core.scheduler
     if not hasattr(scheduler, "aux_output_connector"):
         raise RuntimeError("vLLM's scheduler has no aux_output_connector: qerl_rl/rollout/routing.py is out of date")
@@ -127,8 +128,10 @@ def record_on_cpu(engine: Any) -> None:
     runner.execute_model = execute_model
 
 
-def routed_experts_of(sample: Any, dtype: np.dtype) -> np.ndarray:
+def routed_experts_of(sample: Any, dtype: np.dtype, dense_layers: int = 0) -> np.ndarray:
     """The rows of a finished sample, a vLLM CompletionOutput, as `dtype` [tokens, layers, top_k].
+
+    The first `dense_layers` route nothing: theirs read 0, 1, ..., as rows do whose experts are distinct.
 
     Raises: RuntimeError when there are none, or a token has an expert twice: nothing was recorded then (vLLM-Ascend
         returned zeros for some models, vllm-project/vllm-ascend#16314).
@@ -136,6 +139,9 @@ def routed_experts_of(sample: Any, dtype: np.dtype) -> np.ndarray:
     experts = sample.routed_experts
     if experts is None:
         raise RuntimeError("the engine returned no routed experts: this vLLM does not record them")
+    if dense_layers:
+        experts = experts.copy()
+        experts[:, :dense_layers] = np.arange(experts.shape[-1])
     ordered = np.sort(experts, axis=-1)
     if (ordered[..., 1:] == ordered[..., :-1]).any():
         raise RuntimeError(

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from qerl_rl.rollout.vllm_objects import model_runner
+
 
 def score(engine: Any, tokens: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
     """See VllmEngine.score. Args: engine: a vLLM LLMEngine without requests. temperature: 0 leaves the logits."""
@@ -25,7 +27,7 @@ def score(engine: Any, tokens: Sequence[np.ndarray], temperature: float) -> list
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
     found: dict[int, np.ndarray] = {}
-    sampler = engine.model_executor.driver_worker.worker.model_runner.sampler
+    sampler = model_runner(engine).sampler
     with _tempered(sampler, temperature):
         for index, row in enumerate(tokens):
             engine.add_request(f"score:{index}", TokensPrompt(prompt_token_ids=row.tolist()), params)

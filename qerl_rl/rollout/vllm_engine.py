@@ -41,6 +41,7 @@ from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
 from qerl_rl.rollout.routing import no_experts, routing_engine
 from qerl_rl.rollout.score import score
+from qerl_rl.rollout.vllm_objects import engine_worker, model_runner
 from qerl_rl.rollout.weight_memory import ByteStore, drop_unused_copies
 from qerl_rl.rollout.weight_target import WeightTarget
 
@@ -88,7 +89,7 @@ class VllmEngine:
             attach = functools.partial(self._attach_adapters, lora=lora, seed=seed)
             with before_graphs_are_captured(attach):
                 self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
-        worker = self._engine.model_executor.driver_worker.worker
+        worker = engine_worker(self._engine)
         runner = worker.model_runner
         drop_unused_copies(runner.model)
         self._weight_memory, self._kv_cache = engine_memory(worker)
@@ -97,7 +98,7 @@ class VllmEngine:
         self._lending = Lending(runner.model, writes_weights=not isinstance(self._adapters, AdapterSet))
         self._weight_target: WeightTarget | None = None
         self._noise = NormNoise(runner.model)
-        self._no_experts = no_experts(self._engine) if record_routing else None
+        self._no_experts = no_experts(self._architecture) if record_routing else None
 
     def _attach_adapters(self, worker: Any, lora: LoraConfig, seed: int) -> None:
         """Make what adapters change of the worker's model, if there are some."""
@@ -153,7 +154,8 @@ class VllmEngine:
             raise RuntimeError(f"{call} while the weights are released: call restore_weights() first")
 
     def _collector(self, request: GroupRequest) -> Collector:
-        return Collector(request, self._budget(request), self._stop_tokens, self._no_experts)
+        dense = self._architecture.dense_layers
+        return Collector(request, self._budget(request), self._stop_tokens, self._no_experts, dense)
 
     def _budget(self, request: GroupRequest) -> int:
         """Tokens that a response to this request may have."""
@@ -312,7 +314,7 @@ class VllmEngine:
     @property
     def model(self) -> torch.nn.Module:
         """vLLM's model on this rank."""
-        return self._engine.model_executor.driver_worker.worker.model_runner.model
+        return model_runner(self._engine).model
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes of this rank's weights (its shard, as packed) but those lent, of these, of adapters and KV cache."""

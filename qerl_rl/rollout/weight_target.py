@@ -20,7 +20,7 @@ from qerl_rl.rollout.load_plan import LoadPlan
 from qerl_rl.rollout.repack import packed_modules, repack, unpacked_parameters
 
 _WEIGHT = re.compile(r"(w13_|w2_)?weight")
-FIRST_OF_FUSED = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj"}
+FIRST_OF_FUSED = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj", "fused_qkv_a_proj": "q_a_proj"}
 
 
 class WeightTarget:

@@ -41,7 +41,7 @@ class ModelEngine:
     def __init__(self, config: Config, store: StateStore | None, *, head: str) -> None:
         self.config = config
         device = detect(config.train.device)
-        prepare_megatron(device)
+        prepare_megatron(device, config)
         # These import megatron, which must see the prepared process.
         from qerl_rl.model.build import build_model
         from qerl_rl.model.parallel import initialize_parallel

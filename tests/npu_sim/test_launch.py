@@ -28,6 +28,7 @@ SIZES = (
     "noise.stages=2",
     "reward.function=tests.trainer.reward_functions.share_of_digits",
 )
+PHASES = ("rollout", "train")
 OTHERWISE = ("time/", "tokens_per_s/", "memory/")
 
 
@@ -58,13 +59,15 @@ def test_the_first_line_says_what_is_not_proven(runs: dict[str, Any]) -> None:
     assert "simulated" not in runs["cpu"][0]
 
 
-def test_the_card_holds_the_trainer_only_while_that_has_it(runs: dict[str, Any], tiny_w8a8: Callable[..., Path]) -> None:
+def test_the_card_holds_the_trainer_only_while_that_has_it(
+    runs: dict[str, Any], tiny_w8a8: Callable[..., Path]
+) -> None:
     with CheckpointReader(tiny_w8a8("qwen3_moe")) as reader:
         # Each storage of the trainer has at least one of these, or is one of the few that hold all adapters.
         storages = len(list(reader.names()))
     ledger = rows(runs["npu-sim"][1] / "swaps.jsonl")
     for rank in (0, 1):
-        rollout, train = ([row for row in ledger if (row["rank"], row["phase"]) == (rank, p)][0] for p in PHASES)
+        rollout, train = (next(row for row in ledger if (row["rank"], row["phase"]) == (rank, p)) for p in PHASES)
         held = {name: count for name, count in train["held_bytes"].items() if name.startswith("train/")}
         rose = train["device_bytes"] - rollout["device_bytes"]
         assert sum(held.values()) <= rose <= sum(held.values()) + storages * (BLOCK + PADDING)
@@ -72,6 +75,3 @@ def test_the_card_holds_the_trainer_only_while_that_has_it(runs: dict[str, Any],
         # By a bucket a peer through HCCL's batches, and the sums of both sides agreed.
         assert rollout["traffic"]["same_node_bytes"] > 0
         assert rollout["checksum_bytes"] > 0
-
-
-PHASES = ("rollout", "train")

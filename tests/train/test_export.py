@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.families.mixtral import NAMES
 from qerl_rl.train.export import peft_config, unfused
 from tests.train.models import make_config, make_samples, policy_gradient, share, start_engine
 
@@ -132,7 +133,7 @@ def test_adapters_are_there_in_both_formats(exported, checkpoints):
 
 def test_mixtral_adapters_get_mixtral_names(checkpoints):
     architecture = MoeArchitecture.from_folder(checkpoints["none"])
-    mixtral = dataclasses.replace(architecture, family="mixtral")
+    mixtral = dataclasses.replace(architecture, names=NAMES)
     w13 = torch.arange(8.0 * 96 * 4).view(8, 96, 4)
     found = dict(unfused({"model.layers.1.mlp.experts.w13.lora_B": w13}, mixtral))
     assert found.keys() == {

@@ -105,9 +105,10 @@ def profiler(draft: Draft) -> None:
     """One step's update is recorded here; both count steps from 1."""
     if not draft.source.has(PROFILER) or not draft.switch(PROFILER, "profile"):
         return
-    draft.put("profiler.step", draft.count(PROFILER, "profile_step_start", 1), PROFILER, "profile_step_start")
+    first = draft.count(PROFILER, "profile_step_start", 1)
+    draft.put("profiler.steps", [first] if first else [], PROFILER, "profile_step_start")
     if draft.source.get(PROFILER, "stage", "all") != "actor_update":
-        draft.differ(PROFILER, "stage", "the update of one step is recorded, on rank 0", "profiler.step")
+        draft.differ(PROFILER, "stage", "the update of one step is recorded, on rank 0", "profiler.steps")
 
 
 def quantization(draft: Draft, folder: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from qerl_rl.platform.ops.checks import on_npu, require, require_floats
+from qerl_rl.platform.ops.selection import fused
 
 SINGLE_OUTPUT = 2
 BY_ROWS, BY_INNER = 0, 2
@@ -56,7 +57,7 @@ def by_rows(x: torch.Tensor, matrices: torch.Tensor, rows: list[int]) -> torch.T
     """
     if not len(x):
         return x.new_empty(0, matrices.shape[2])
-    if on_npu(x):
+    if fused("grouped_matmul", x):
         [y] = torch.ops.npu.npu_grouped_matmul(
             [x.contiguous()],
             [matrices],
@@ -72,7 +73,7 @@ def by_rows(x: torch.Tensor, matrices: torch.Tensor, rows: list[int]) -> torch.T
 
 def by_inner(left: torch.Tensor, right: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """[E, N, K]: left^T right of each group's rows of left [T, N] and right [T, K]; zeros where there are none."""
-    if on_npu(left) and len(left):
+    if fused("grouped_matmul", left) and len(left):
         [products] = torch.ops.npu.npu_grouped_matmul(
             [left.t()],
             [right.contiguous()],

@@ -140,8 +140,8 @@ MAPPINGS = [
     ({"actor_config.lora_target_modules": ["linear_fc1", "linear_fc2"]}, "lora.attention", False),
     ({"actor_config.lora_target_modules": ["linear_qkv"], "actor_config.lora_r": 64}, "lora.rank", 64),
     ({"actor_config.lora_target_modules": ["linear_qkv"]}, "lora.alpha", 16.0),
-    ({"profiler_config.integrated.profile": True}, "profiler.step", 1),
-    ({"profiler_config.integrated.profile_step_start": 3}, "profiler.step", 0),
+    ({"profiler_config.integrated.profile": True}, "profiler.steps", [1]),
+    ({"profiler_config.integrated.profile_step_start": 3}, "profiler.steps", []),
 ]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from qerl_rl.platform.cpu_adaptor import compilation_off, replace
+from qerl_rl.platform.cpu_adaptor import compilation_off, empty_fp8_shards, replace
 
 
 def tensor_type_names() -> None:
@@ -22,3 +22,5 @@ tensor_type_names()
 with compilation_off():
     # Megatron binds torch.compile when it is imported; there is no compiler for this device.
     importlib.import_module("megatron.core")
+# There is no Transformer Engine on an NPU; MindSpeed replaces what would need it.
+empty_fp8_shards()
