@@ -57,7 +57,8 @@ def _in_nz(layout: Layout) -> tuple[str, ...]:
     config = get_ascend_config()
     if config.weight_nz_mode:
         raise RuntimeError(
-            f"weights can't be replaced with weight_nz_mode {config.weight_nz_mode}: set rollout.ascend.weight_nz_mode to 0"
+            f"weights can't be replaced with weight_nz_mode {config.weight_nz_mode}: set "
+            "rollout.ascend.weight_nz_mode to 0"
         )
     return layout.nz + (layout.nz_if_fused if config.enable_fused_mc2 else ())
 
