@@ -28,6 +28,7 @@ from qerl_rl.rewards.model import check_reward_model
 from qerl_rl.rollout.limits import check_expert_sizes, check_kv_cache
 from trainer.ascend import check_ascend, is_for_npu
 from trainer.resume import ResumePoint, find_resume
+from trainer.simulation import prepare_simulation
 from trainer.value_models import check_value_models, load_tokenizer
 
 
@@ -66,6 +67,7 @@ def preflight(loaded: LoadedConfig, resume: str = "never", *, dry_run: bool = Fa
     """
     config = loaded.config
     check_config(config, loaded.locate)
+    prepare_simulation(loaded, dry_run=dry_run)
     if not Path(config.model.path, "config.json").is_file():
         raise ConfigError(
             f"model.path={config.model.path} holds no config.json.",

@@ -60,23 +60,33 @@ class ActorHybridWorker:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, address: str, port: int) -> dict[str, Any]:
-        """Load the engines that the run needs; returns this rank's place in the layouts, and how the rollout runs."""
+    def node(self) -> str:
+        """The machine of this worker, as Ray names it."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
+    def start(self, address: str, port: int, local_rank: int | None = None) -> dict[str, Any]:
+        """Load the engines that the run needs; returns this rank's place in the layouts, and how the rollout runs.
+
+        local_rank: which of the workers, and cards, of its machine this is (None: its rank, there is one machine).
+        """
         with collector_paused():
-            self._start(address, port)
+            self._start(address, port, self.rank if local_rank is None else local_rank)
         return {
             "train_data_rank": self.train.data_parallel_rank,
             "rollout_data_rank": self.rank // self.config.rollout.tensor_parallel,
             "rollout_engine": f"{self.rollout.description}; {self._base}" if self.config.has_rollout_engine else "",
         }
 
-    def _start(self, address: str, port: int) -> None:
-        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(self.rank), LOCAL_RANK=str(self.rank))
+    def _start(self, address: str, port: int, local_rank: int) -> None:
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(self.rank), LOCAL_RANK=str(local_rank))
         os.environ.update(WORLD_SIZE=str(self.world_size), LOCAL_WORLD_SIZE=str(self.world_size))
 
         from qerl_rl.platform import detect, prepare_megatron
 
         device = detect(self.config.train.device)
+        device.select(local_rank)
         prepare_megatron(device, self.config)
         import torch
 

@@ -111,7 +111,8 @@ class WorkerGroup:
         self.reward = ray.remote(RewardWorker).options(**options).remote(values)
         timeout_s = self.config.fault.start_timeout_s
         address, port = self.call_one(0, "reserve_address").wait(timeout_s=timeout_s)[0]
-        self.places = self.call("start", address, port).wait(timeout_s=timeout_s)
+        places = local_ranks(self.call("node").wait(timeout_s=timeout_s))
+        self.places = self.call_each("start", [(address, port, place) for place in places]).wait(timeout_s=timeout_s)
 
     def _options(self, bundle: int, cpus: float, environment: dict[str, str]) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle)
@@ -147,6 +148,11 @@ class WorkerGroup:
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None
+
+
+def local_ranks(nodes: Sequence[str]) -> list[int]:
+    """Of each rank, its number among the ranks of its machine: which card is its own."""
+    return [nodes[:rank].count(node) for rank, node in enumerate(nodes)]
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -6,7 +6,7 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
     "model.share_base": ("auto", "never"),
     "model.provider": ("megatron", "mindspeed_llm"),
-    "train.device": ("auto", "cpu", "cuda", "npu"),
+    "train.device": ("auto", "cpu", "cuda", "npu", "npu-sim"),
     "train.dtype": ("float32", "bfloat16"),
     "train.token_dispatcher": ("alltoall", "allgather", "alltoall_seq"),
     "train.router_load_balancing": (

@@ -354,8 +354,8 @@ def _check_data(config: Config) -> Fault:
 CHECKS = (
     _check_values,
     _check_train_layout,
-    mindspeed_fault,
     router_fault,
+    mindspeed_fault,
     _check_rollout_layout,
     _check_rollouts,
     _check_correction,

@@ -67,7 +67,7 @@ class TrainConfig(RouterConfig):
     """The Megatron engine. Parallel sizes multiply as in Megatron: workers = tensor x pipeline x data."""
 
     device: str = "auto"
-    """auto, cpu, cuda or npu."""
+    """auto, cpu, cuda, npu, or npu-sim (torch_npu on this machine's CPU: docs/simulated_npu.md)."""
     dtype: str = "float32"
     """float32 or bfloat16: the type of activations and of weights that are not quantized."""
     tensor_parallel: int = 1

@@ -27,7 +27,7 @@ from qerl_rl.config.schema import LoraConfig, TrainConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
 from qerl_rl.layout.fit import check_layout
-from qerl_rl.layout.routing import RoutingRule, chosen_rule
+from qerl_rl.layout.routing import chosen_rule
 from qerl_rl.layout.slots import LANGUAGE_MODEL, VALUE, padded_vocabulary
 from qerl_rl.model.adapted import LayerWeights
 from qerl_rl.model.experts import StackedExperts
@@ -72,10 +72,12 @@ def build_model(
     check_layout(architecture, train)
     check_format_layout(architecture, formats, sizes)
     config = transformer_config(architecture, train)
+    rule = chosen_rule(architecture.routing, architecture.experts, train)
+    routing = {"rule": rule, "dispatcher": train.token_dispatcher}
     trains_base = lora is None
     model = GPTModel(
         config,
-        _block_spec(architecture, lora, formats, sizes, chosen_rule(architecture.routing, architecture.experts, train)),
+        _block_spec(architecture, lora, formats, sizes, routing),
         vocab_size=padded_vocabulary(architecture, sizes),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -123,7 +125,8 @@ def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> Tra
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_dtype="fp32",
-        moe_token_dispatcher_type=train.token_dispatcher,
+        # ReplayingMoELayer makes the one of train.token_dispatcher: Megatron refuses others under pipeline parallelism.
+        moe_token_dispatcher_type="alltoall",
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -193,7 +196,7 @@ def _block_spec(
     lora: LoraConfig | None,
     formats: SlotFormats,
     sizes: ParallelSizes,
-    rule: RoutingRule,
+    routing: Mapping[str, Any],
 ) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with this project's norm, attention, linear layers and experts in it.
 
@@ -205,7 +208,7 @@ def _block_spec(
     for number in range(first, end):
         own = {name: format for (layer, name), format in formats.items() if layer == number}
         if architecture.has_experts(number):
-            mlp = _experts_spec(architecture, lora, own, rule)
+            mlp = _experts_spec(architecture, lora, own, routing)
         else:
             mlp = ModuleSpec(module=MLP, submodules=_mlp_submodules("mlp", lora, own))
         layers.append(_layer_spec(_attention_spec(architecture, lora, own), mlp))
@@ -275,9 +278,9 @@ def _mlp_submodules(name: str, lora: LoraConfig | None, formats: Mapping[str, Fo
 
 
 def _experts_spec(
-    architecture: MoeArchitecture, lora: LoraConfig | None, formats: Mapping[str, Format], rule: RoutingRule
+    architecture: MoeArchitecture, lora: LoraConfig | None, formats: Mapping[str, Format], routing: Mapping[str, Any]
 ) -> ModuleSpec:
-    """Routed experts, and shared ones beside them."""
+    """Routed experts, and shared ones beside them. Args: routing: of `ReplayingMoELayer`."""
     prefix = "mlp.experts."
     of_experts = {name.removeprefix(prefix): format for name, format in formats.items() if name.startswith(prefix)}
     experts_weights = LayerWeights(of_experts, lora if lora and lora.experts else None)
@@ -288,7 +291,7 @@ def _experts_spec(
     )
     experts = ModuleSpec(module=StackedExperts, params={"weights": experts_weights})
     submodules = MoESubmodules(experts=experts, shared_experts=shared)
-    return ModuleSpec(module=ReplayingMoELayer, submodules=submodules, params={"rule": rule})
+    return ModuleSpec(module=ReplayingMoELayer, submodules=submodules, params=dict(routing))
 
 
 def _linear(kind: type[ColumnLinear | RowLinear], format: Format | None, lora: LoraConfig | None) -> Any:

@@ -1,4 +1,4 @@
-"""Token dispatchers beside Megatron's own. Import after prepare_megatron."""
+"""Token dispatchers: how tokens reach the ranks of their experts. Import after prepare_megatron."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
+from megatron.core.transformer.moe.legacy_a2a_token_dispatcher import MoEAlltoAllSEQTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
 
 
 class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
@@ -40,3 +45,11 @@ class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
         longest = torch.tensor([tokens], device=torch.cuda.current_device())
         dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self.tp_ep_group)
         return int(longest)
+
+
+DISPATCHERS: dict[str, type[MoETokenDispatcher]] = {
+    "alltoall": MoEAlltoAllTokenDispatcher,
+    "allgather": AllGatherDispatcher,
+    "alltoall_seq": MoEAlltoAllSEQTokenDispatcher,
+}
+"""By train.token_dispatcher."""

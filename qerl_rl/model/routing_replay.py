@@ -19,8 +19,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from qerl_rl.layout.routing import RoutingRule
-from qerl_rl.model.dispatchers import AllGatherDispatcher
+from qerl_rl.layout.routing import SIGMOID, RoutingRule
+from qerl_rl.model.dispatchers import DISPATCHERS
 from qerl_rl.model.forced_experts import ForcedExperts
 from qerl_rl.model.load_balance import LoadBalance
 from qerl_rl.model.routers import choose, weigh
@@ -51,11 +51,11 @@ class ReplayingMoELayer(MoELayer):
     balance: LoadBalance | None = None
     moe_layer_recompute: bool
 
-    def __init__(self, *args: Any, rule: RoutingRule, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rule: RoutingRule, dispatcher: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.router = ReplayingRouter(self.config, rule)
-        if self.config.moe_token_dispatcher_type == "allgather":
-            self.token_dispatcher = AllGatherDispatcher(self.num_local_experts, self.local_expert_indices, self.config)
+        # That dispatcher deals out all tokens of the tensor-parallel ranks, a part of their columns on each.
+        self.router = ReplayingRouter(self.config, rule, whole_sequence=dispatcher == "alltoall_seq")
+        self.token_dispatcher = DISPATCHERS[dispatcher](self.num_local_experts, self.local_expert_indices, self.config)
         # Megatron's own recomputation would ask the router for the micro-batch that came last.
         self._recomputes, self.moe_layer_recompute = self.moe_layer_recompute, False
 
@@ -75,15 +75,13 @@ class ReplayingRouter(TopKRouter):
     forced: ForcedExperts | None = None
     balance: LoadBalance | None = None
 
-    def __init__(self, config: TransformerConfig, rule: RoutingRule) -> None:
+    def __init__(self, config: TransformerConfig, rule: RoutingRule, *, whole_sequence: bool) -> None:
         super().__init__(config)
-        self.rule = rule
+        self.rule, self._whole_sequence = rule, whole_sequence
         if rule.has_bias:
             # Megatron's own switch would also make its training step change the bias, by how many tokens came.
             del self.expert_bias
             self.register_buffer("expert_bias", torch.zeros(self.num_experts, dtype=torch.float32))
-        # That dispatcher deals out all tokens of the tensor-parallel ranks, a part of their columns on each.
-        self._whole_sequence = config.moe_token_dispatcher_type == "alltoall_seq"
 
     def routing(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Args: logits float32 [tokens, 1, experts] of this rank's part of the sequence.
@@ -95,7 +93,9 @@ class ReplayingRouter(TopKRouter):
         flat = logits.view(-1, self.num_experts)
         if self._whole_sequence:
             flat = gather_from_sequence_parallel_region(flat)
-        chosen = choose(self.rule, flat.detach(), training=self.training, bias=self.expert_bias)
+        # A bias is one of sigmoid scores: another rule than the model's own has none.
+        bias = self.expert_bias if self.rule.scores == SIGMOID else None
+        chosen = choose(self.rule, flat.detach(), training=self.training, bias=bias)
         if self.forced is not None:
             chosen = self._replaced(chosen, self.forced)
         weights = torch.zeros_like(flat).scatter(1, chosen, weigh(self.rule, flat, chosen))

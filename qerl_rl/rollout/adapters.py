@@ -1,7 +1,7 @@
 """LoRA adapters beside the engine's frozen int8 layers: this rank's slices of them, updated in place.
 
 The tensors are float32: small float32 products take a tenth of the time of bfloat16 ones on CPU, and an update never
-falls below a rounding step.
+falls below a rounding step. They are never replaced, so that captured graphs see every update.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.rollout.expert_path import attach_expert_path
+from qerl_rl.rollout.repack import packed_modules
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 ROW_PARALLEL = ("o_proj", "down_proj")
@@ -56,7 +57,7 @@ class AdapterSet:
     def __init__(self, model: torch.nn.Module, lora: LoraConfig) -> None:
         self.scale = lora.alpha / lora.rank
         self.adapters: list[Adapter] = []
-        for path, module in model.named_modules():
+        for path, module in packed_modules(model).items():
             layer = LAYER.search(path)
             if layer is None:
                 continue
@@ -64,7 +65,7 @@ class AdapterSet:
             place = path[layer.end() :]
             if place in adapted_linears(lora):
                 self._attach_linear(module, f"{prefix}.{place}", lora.rank)
-            elif lora.experts and path.endswith("experts.routed_experts"):
+            elif lora.experts and path.endswith(".experts"):
                 gate_up, down = _expert_adapters(module, f"{prefix}.mlp.experts", lora.rank)
                 attach_expert_path(module, gate_up.a, gate_up.b, down.a, down.b)
                 self.adapters += [gate_up, down]
@@ -90,6 +91,9 @@ class AdapterSet:
             own = [(_column_adapter(module, name, rank, sum(module.output_partition_sizes)), slice(None))]
         for adapter, outputs in own:
             module.quant_method = _LinearWithAdapter(module.quant_method, adapter.a, adapter.b, outputs)
+            if getattr(module, "custom_op", None) is not None:
+                # vllm-ascend's linear layers with a communication of their own keep the method a second time.
+                module.custom_op.quant_method = module.quant_method
             self.adapters.append(adapter)
 
     def begin(self, step: int) -> None:
@@ -147,18 +151,23 @@ class _LinearWithAdapter:
 
 def _column_adapter(layer: Any, name: str, rank: int, rows: int) -> Adapter:
     """Column parallel or on every rank: all of A, and of B the rows of this rank's outputs."""
-    return Adapter(name, torch.zeros(rank, layer.input_size), torch.zeros(rows, rank))
+    return _zeros(layer, name, (rank, layer.input_size), (rows, rank))
 
 
 def _row_adapter(layer: Any, name: str, rank: int) -> Adapter:
     """Row parallel: the columns of A of this rank's inputs; the layer, or what follows it, sums partial outputs."""
     width = layer.input_size_per_partition
-    return Adapter(name, torch.zeros(rank, width), torch.zeros(layer.output_size, rank))
+    return _zeros(layer, name, (rank, width), (layer.output_size, rank))
 
 
 def _expert_adapters(layer: Any, name: str, rank: int) -> tuple[Adapter, Adapter]:
     """The adapters of this rank's experts, or of its share of every expert's intermediate size."""
     hidden, width, experts = layer.hidden_size, layer.intermediate_size_per_partition, layer.local_num_experts
-    gate_up = Adapter(f"{name}.w13", torch.zeros(experts, rank, hidden), torch.zeros(experts, 2 * width, rank))
-    down = Adapter(f"{name}.w2", torch.zeros(experts, rank, width), torch.zeros(experts, hidden, rank))
-    return gate_up, down
+    gate_up = _zeros(layer, f"{name}.w13", (experts, rank, hidden), (experts, 2 * width, rank))
+    return gate_up, _zeros(layer, f"{name}.w2", (experts, rank, width), (experts, hidden, rank))
+
+
+def _zeros(layer: Any, name: str, a: tuple[int, ...], b: tuple[int, ...]) -> Adapter:
+    """On the device of the layer."""
+    device = next(layer.parameters()).device
+    return Adapter(name, torch.zeros(a, device=device), torch.zeros(b, device=device))

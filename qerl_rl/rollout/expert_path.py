@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
+from qerl_rl.rollout.ascend.experts import ADAPTED_SCHEME, adapt_experts
+from qerl_rl.rollout.ascend.rewrite import is_ascend, scheme_name
+
 TOKENS_PER_PASS = 1024
 """Bounds the memory of a prefill: a pass holds top_k * (hidden + 2 * intermediate) float32 numbers a token."""
 
@@ -93,8 +96,14 @@ ADAPTED_KERNEL = "CPUExpertsInt8"
 """The kernel whose packed weights the path here reads."""
 
 
+ADAPTED_KERNELS = frozenset([ADAPTED_KERNEL, ADAPTED_SCHEME])
+"""All that adapters can be beside."""
+
+
 def expert_kernel(layer: Any) -> str:
     """The name of what computes the experts of vLLM's layer."""
+    if is_ascend(layer):
+        return scheme_name(layer)
     return type(layer.quant_method.moe_kernel.fused_experts).__name__
 
 
@@ -103,8 +112,11 @@ def attach_expert_path(
 ) -> None:
     """Make vLLM's expert layer compute with these adapters, on the int8 weights that it holds.
 
-    Raises: RuntimeError when the layer's weights are not those of the int8 CPU kernel.
+    Raises: RuntimeError when the layer's weights are not those of an int8 kernel.
     """
+    if is_ascend(layer):
+        adapt_experts(layer, gate_up_a, gate_up_b, down_a, down_b)
+        return
     if expert_kernel(layer) != ADAPTED_KERNEL:
         raise RuntimeError(
             f"expert adapters need int8 (W8A8) experts; this engine computes with {expert_kernel(layer)}"

@@ -17,7 +17,7 @@ from qerl_rl.config.schema import LoraConfig
 from qerl_rl.quant.requantize import Shard, Survival, joined_rows, merged_bfloat16, merged_parts, scale_growth
 from qerl_rl.quant.rounding import Rounding
 from qerl_rl.rollout.adapters import check_complete
-from qerl_rl.rollout.expert_path import ADAPTED_KERNEL, expert_kernel
+from qerl_rl.rollout.expert_path import ADAPTED_KERNELS, expert_kernel
 from qerl_rl.rollout.load_plan import LoadPlan
 from qerl_rl.rollout.merge_shards import ShardFinder, WeightShard
 from qerl_rl.rollout.repack import packed_modules, repack
@@ -151,8 +151,8 @@ def merges_adapters(model: torch.nn.Module, lora: LoraConfig) -> bool:
     """
     if not has_adapters(lora):
         return False
-    layers = [layer for path, layer in model.named_modules() if path.endswith("experts.routed_experts")]
-    refusing = {expert_kernel(layer) for layer in layers} - {ADAPTED_KERNEL} if lora.experts else set()
+    layers = [layer for path, layer in packed_modules(model).items() if path.endswith(".experts")]
+    refusing = {expert_kernel(layer) for layer in layers} - ADAPTED_KERNELS if lora.experts else set()
     if lora.in_rollout == "adapter" and refusing:
         raise ConfigError(
             f"lora.in_rollout=adapter, but this engine's expert kernel {min(refusing)} takes no adapter.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import random
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +25,13 @@ from qerl_rl.layout.tensors import Adapters, Tensors, Weights, full_tensors
 from qerl_rl.quant.noise import Noise
 from qerl_rl.quant.requantize import Survival
 from qerl_rl.rollout.adapters import AdapterSet
+from qerl_rl.rollout.ascend.capture import before_graphs_are_captured
 from qerl_rl.rollout.collector import Collector, unfinished_samples
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest, LiveTarget
+from qerl_rl.rollout.engine_memory import engine_memory
 from qerl_rl.rollout.engine_options import engine_arguments
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.full_tensors import exchange_format, put
-from qerl_rl.rollout.kv_cache import KvCacheMemory
 from qerl_rl.rollout.lending import Lending
 from qerl_rl.rollout.limits import check_engine
 from qerl_rl.rollout.load_plan import LoadPlan
@@ -38,8 +41,8 @@ from qerl_rl.rollout.norm_noise import NormNoise
 from qerl_rl.rollout.quota import Quota
 from qerl_rl.rollout.routing import no_experts, routing_engine
 from qerl_rl.rollout.score import score
-from qerl_rl.rollout.vllm_objects import model_runner
-from qerl_rl.rollout.weight_memory import ByteStore, WeightMemory, drop_unused_copies
+from qerl_rl.rollout.vllm_objects import engine_worker, model_runner
+from qerl_rl.rollout.weight_memory import ByteStore, drop_unused_copies
 from qerl_rl.rollout.weight_target import WeightTarget
 
 
@@ -76,29 +79,36 @@ class VllmEngine:
 
             from qerl_rl.rollout.vllm_patches import apply_patches, platform_name
 
-            apply_patches()
+            apply_patches(rollout)
             self._plan = LoadPlan(model_path, platform_name(), quantize_to, group_size)
             check_engine(self._plan, rollout)
             arguments = engine_arguments(self._plan, rollout, max_length, seed)
-            self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
-        runner = model_runner(self._engine)
+            self._adapters: AdapterSet | MergedAdapters | None = None
+            self._architecture = MoeArchitecture.from_folder(model_path)
+            self._rank, self._adapter_kinds = dist.get_rank() if dist.is_initialized() else 0, Adapters(lora)
+            attach = functools.partial(self._attach_adapters, lora=lora, seed=seed)
+            with before_graphs_are_captured(attach):
+                self._engine = routing_engine(arguments) if record_routing else LLMEngine.from_engine_args(arguments)
+        worker = engine_worker(self._engine)
+        runner = worker.model_runner
         drop_unused_copies(runner.model)
-        self._weight_memory = WeightMemory(runner.model)
-        self._adapters: AdapterSet | MergedAdapters | None = None
-        self._architecture = MoeArchitecture.from_folder(model_path)
-        self._rank, self._adapter_kinds = dist.get_rank() if dist.is_initialized() else 0, Adapters(lora)
-        if merges_adapters(runner.model, lora):
-            finder = ShardFinder(self._architecture, self._layout(Weights()), self._rank)
-            shapes = self._layout(self._adapter_kinds).local_shapes(self._rank)
-            config = self._engine.vllm_config
-            self._adapters = MergedAdapters(runner.model, config, self._plan, lora, seed, finder, shapes)
-        elif has_adapters(lora):
-            self._adapters = AdapterSet(runner.model, lora)
+        self._weight_memory, self._kv_cache = engine_memory(worker)
+        if self._adapters is None:
+            attach(worker)
         self._lending = Lending(runner.model, writes_weights=not isinstance(self._adapters, AdapterSet))
         self._weight_target: WeightTarget | None = None
         self._noise = NormNoise(runner.model)
         self._no_experts = no_experts(self._architecture) if record_routing else None
-        self._kv_cache = KvCacheMemory(runner.kv_caches)
+
+    def _attach_adapters(self, worker: Any, lora: LoraConfig, seed: int) -> None:
+        """Make what adapters change of the worker's model, if there are some."""
+        model = worker.model_runner.model
+        if merges_adapters(model, lora):
+            finder = ShardFinder(self._architecture, self._layout(Weights()), self._rank)
+            shapes = self._layout(self._adapter_kinds).local_shapes(self._rank)
+            self._adapters = MergedAdapters(model, worker.vllm_config, self._plan, lora, seed, finder, shapes)
+        elif has_adapters(lora):
+            self._adapters = AdapterSet(model, lora)
 
     def generate(
         self,
@@ -221,6 +231,7 @@ class VllmEngine:
         """
         if self._adapters is not None:
             raise RuntimeError("weights for an engine with adapters: set lora.rank to 0")
+        self._weight_memory.make_writable()
         self.set_noise(Noise())
         if self._weight_target is None:
             self._weight_target = WeightTarget(self.model, self._engine.vllm_config, self._plan)
@@ -357,13 +368,20 @@ def end_of_sequence_tokens(folder: Path) -> list[int]:
 
 @contextlib.contextmanager
 def _process_state_kept() -> Iterator[None]:
-    """Undo what constructing vLLM does to its process: it seeds every generator and disables set_num_threads."""
+    """Undo what constructing vLLM does to its process: it seeds every generator and disables set_num_threads.
+
+    On CPU it also takes streams and events of any card away from torch, which a trainer on another device needs.
+    """
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     set_num_threads = torch.set_num_threads
+    of_card = ("Event", "Stream", "stream", "set_stream", "current_stream") if torch.cuda.is_available() else ()
+    kept = {name: getattr(torch.cuda, name) for name in of_card}
     try:
         yield
     finally:
         torch.set_num_threads = set_num_threads
+        for name, function in kept.items():
+            setattr(torch.cuda, name, function)
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from qerl_rl.config.schema import RolloutConfig
+from qerl_rl.rollout.ascend.decode import fuse_small_int4_experts
 from qerl_rl.rollout.cpu_norm import norms_stay_in_cache
 from qerl_rl.rollout.partial_prefill import partial_prompts_draw_from_spare_generators
 from qerl_rl.rollout.patching import existing
@@ -23,9 +25,12 @@ _applied: set[str] = set()
 SHARED_MEMORY = "/dev/shm"
 
 
-def apply_patches() -> None:
-    """Apply what this platform needs, once. Call it after `configure_environment()` and before an engine is made."""
-    for patch in PATCHES.get(platform_name(), ()):
+def apply_patches(rollout: RolloutConfig | None = None) -> None:
+    """Apply what this platform needs and `rollout` asks for, once. Call it after `configure_environment()` and before
+    an engine is made."""
+    platform = platform_name()
+    wanted = platform == "910" and rollout is not None and rollout.ascend.fused_int4_decode
+    for patch in (*PATCHES.get(platform, ()), *((fuse_small_int4_experts,) if wanted else ())):
         if patch.__name__ not in _applied:
             patch()
             _applied.add(patch.__name__)

@@ -80,6 +80,9 @@ class WeightMemory:
             self._store.read(slot, _bytes(storage))
         self._away = {}
 
+    def make_writable(self) -> None:
+        """Nothing is needed: pages that were given up come back when they are written."""
+
     def _storages(self) -> dict[str, torch.UntypedStorage]:
         """What can leave, each storage once, by a name that stays when a module is packed anew."""
         found: dict[int, tuple[str, torch.UntypedStorage]] = {}

@@ -24,7 +24,8 @@ def load_balances(
     from qerl_rl.model.load_balance import LoadBalance
 
     counts = [token_weights(pack.response_lengths, aggregation, constant)[1] for pack in packs]
-    return [LoadBalance(coefficient, count) for count in counts]
+    tokens = [int(pack.cumulative_lengths[len(pack.indices)]) for pack in packs]
+    return [LoadBalance(coefficient, count, own) for count, own in zip(counts, tokens, strict=True)]
 
 
 def balance_metrics(balances: Sequence[LoadBalance] | None, device: torch.device) -> dict[str, float]:

@@ -57,6 +57,8 @@ class ModelEngine:
             self.model = build_model(self.architecture, config.train, lora, formats, head=head, seed=config.run.seed)
             """The GPTModel of this rank."""
             load_hf(self.model, reader, self.architecture)
+        # Built and filled in the host's memory, since a checkpoint is read there.
+        self.model.to(self.device)
         self._store = store or state_store(device)
         self._offloader = Offloader(self._store)
 

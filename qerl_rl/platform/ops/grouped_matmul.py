@@ -51,7 +51,10 @@ class _GroupedMatmul(torch.autograd.Function):
 
 
 def by_rows(x: torch.Tensor, matrices: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """[T, N]: each group's rows of x [T, K] times its matrix of [E, K, N], which may be a transposed view."""
+    """[T, N]: each group's rows of x [T, K] times its matrix of [E, K, N], which may be a transposed view.
+
+    Elsewhere than on an NPU the matrices may be of another type: each is converted for its product.
+    """
     if not len(x):
         return x.new_empty(0, matrices.shape[2])
     if fused("grouped_matmul", x):
@@ -65,7 +68,7 @@ def by_rows(x: torch.Tensor, matrices: torch.Tensor, rows: list[int]) -> torch.T
         )
         return y
     parts = zip(x.split(rows), matrices, strict=True)
-    return torch.cat([part @ matrix for part, matrix in parts])
+    return torch.cat([part @ matrix.to(x.dtype) for part, matrix in parts])
 
 
 def by_inner(left: torch.Tensor, right: torch.Tensor, rows: list[int]) -> torch.Tensor:

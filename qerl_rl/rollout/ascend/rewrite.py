@@ -41,8 +41,8 @@ def rewrite(module: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     wrong = [name for name, tensor in stored.items() if name not in kept or kept[name].shape != tensor.shape]
     if wrong:
         raise RuntimeError(
-            f"{_scheme(module)} keeps {', '.join(wrong)} otherwise than vllm-ascend 0.23.0: install that version, or "
-            "bring qerl_rl/rollout/ascend/layouts.py up to date"
+            f"{scheme_name(module)} keeps {', '.join(wrong)} otherwise than vllm-ascend 0.23.0: install that version, "
+            "or bring qerl_rl/rollout/ascend/layouts.py up to date"
         )
     nz = _in_nz(layout)
     for name, tensor in stored.items():
@@ -57,8 +57,8 @@ def _in_nz(layout: Layout) -> tuple[str, ...]:
     config = get_ascend_config()
     if config.weight_nz_mode:
         raise RuntimeError(
-            f"weights can't be replaced with weight_nz_mode {config.weight_nz_mode}: set VLLM_ASCEND_ENABLE_NZ to 0 in "
-            "cluster.environment"
+            f"weights can't be replaced with weight_nz_mode {config.weight_nz_mode}: set "
+            "rollout.ascend.weight_nz_mode to 0"
         )
     return layout.nz + (layout.nz_if_fused if config.enable_fused_mc2 else ())
 
@@ -73,7 +73,7 @@ def refresh_attention(module: Any, vllm_config: Any) -> None:
 
 def layout_of(module: Any) -> Layout:
     """How this layer's weights are kept. Raises: RuntimeError where that is not known, or they move between ranks."""
-    scheme = _scheme(module)
+    scheme = scheme_name(module)
     if scheme not in LAYOUTS:
         raise RuntimeError(
             f"weights that {scheme} of vllm-ascend keeps can't be replaced in a running engine: set quant.format to "
@@ -81,13 +81,13 @@ def layout_of(module: Any) -> Layout:
         )
     if hasattr(module, "w13_weight_list") or hasattr(module, "weight_1"):
         raise RuntimeError(
-            f"{scheme} has split its weights: switch off dynamic_eplb (DYNAMIC_EPLB=false) in an engine whose weights "
-            "or adapters change"
+            f"{scheme} has split its weights, of an engine whose weights or adapters change: set "
+            "rollout.ascend.dynamic_eplb to false"
         )
     return LAYOUTS[scheme]
 
 
-def _scheme(module: Any) -> str:
+def scheme_name(module: Any) -> str:
     """The class that keeps the weights: vllm-ascend's quantized methods only hand on to theirs."""
     method = module.quant_method
     return type(getattr(method, "quant_method", method)).__name__

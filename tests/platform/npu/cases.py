@@ -1,14 +1,16 @@
-"""One or more uses of every operator of platform.ops, on the tensors of any device."""
+"""One or more uses of every operator of platform.ops (but that of Triton alone), on the tensors of any device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from qerl_rl.model.base_weight import Base
 from qerl_rl.model.expert_mlp import expert_mlp
+from qerl_rl.model.grouped_experts import grouped_expert_mlp
 from qerl_rl.model.grouped_linear import Adapter
 from qerl_rl.platform import ops
 from qerl_rl.quant.formats import FORMATS
@@ -86,6 +88,17 @@ def _experts(kind: str) -> Case:
     return compute
 
 
+def _stored_experts(kind: str) -> Case:
+    """Activations of 16 bits: the weights are multiplied with as they are stored."""
+
+    def compute(make: Tensors) -> Any:
+        bases = _base(make, kind, 2 * HIDDEN, HIDDEN), _base(make, kind, HIDDEN, HIDDEN)
+        x, probabilities = make.leaf(TOKENS, HIDDEN, dtype=BFLOAT16), make.leaf(TOKENS, dtype=FLOAT32)
+        return grouped_expert_mlp(x, probabilities, ROWS, bases, (None, None))
+
+    return compute
+
+
 def _int8_product(scale_dtype: torch.dtype) -> Case:
     def compute(make: Tensors) -> Any:
         x_scale, weight_scale = make.floats(TOKENS, dtype=FLOAT32), make.floats(EXPERTS, WIDTH, dtype=scale_dtype)
@@ -93,6 +106,21 @@ def _int8_product(scale_dtype: torch.dtype) -> Case:
         return ops.grouped_matmul_int8(x, x_scale * 1e-3, weight, weight_scale, ROWS)
 
     return compute
+
+
+def _ends(make: Tensors) -> torch.Tensor:
+    return torch.tensor(list(accumulate(ROWS)), dtype=INT64, device=make.device)
+
+
+def _routed(make: Tensors) -> Any:
+    return ops.routed_matmul(make.floats(TOKENS, HIDDEN), make.floats(EXPERTS, WIDTH, HIDDEN).mT, _ends(make))
+
+
+def _routed_int8(make: Tensors) -> Any:
+    x_scale, scale = make.floats(TOKENS, dtype=FLOAT32) * 1e-3, make.floats(EXPERTS, WIDTH, dtype=BFLOAT16)
+    return ops.routed_matmul_int8(
+        make.int8(TOKENS, HIDDEN), x_scale, make.int8(EXPERTS, HIDDEN, WIDTH), scale, _ends(make)
+    )
 
 
 def _int4_product(groups: int, with_offset: bool) -> Case:
@@ -140,8 +168,14 @@ CASES: dict[str, Case] = {
     ),
     "grouped_matmul_int8": _int8_product(BFLOAT16),
     "grouped_matmul_int8, float16": _int8_product(FLOAT32),
+    "grouped_matmul_int8_weights": lambda make: ops.grouped_matmul_int8_weights(
+        make.leaf(TOKENS, HIDDEN, dtype=BFLOAT16), make.int8(EXPERTS, WIDTH, HIDDEN), ROWS
+    ),
+    "repack_int4": lambda make: ops.repack_int4(make.packed(EXPERTS, WIDTH, HIDDEN // 8)),
     "grouped_matmul_int4, a scale a column": _int4_product(1, with_offset=False),
     "grouped_matmul_int4, groups": _int4_product(2, with_offset=True),
+    "routed_matmul": _routed,
+    "routed_matmul_int8": _routed_int8,
     "token_permute": lambda make: ops.token_permute(
         make.leaf(TOKENS, HIDDEN), make.integers(0, EXPERTS, TOKENS, CHOSEN, dtype=INT64)
     ),
@@ -154,6 +188,8 @@ CASES: dict[str, Case] = {
     "experts, float": _experts("float"),
     "experts, w8a8": _experts("w8a8"),
     "experts, w4a16": _experts("w4a16"),
+    "stored experts, w8a8": _stored_experts("w8a8"),
+    "stored experts, w4a16": _stored_experts("w4a16"),
 }
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_npu
 
 from qerl_rl.config.profiler_schema import ProfilerConfig
 from qerl_rl.platform import profilers
 from qerl_rl.platform.device import NPU
+from qerl_rl.platform.simulated_npu import package
 
 ASKED = {
     "as by default": ProfilerConfig(kind="msprof"),
@@ -48,7 +48,8 @@ def _settings() -> list[list[str]]:
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    module = torch_npu.profiler
+    package.load()
+    module = importlib.import_module("torch_npu.profiler")
     known = [module.supported_profiler_level(), module.supported_ai_core_metrics(), module.supported_export_type()]
     found: dict[str, Any] = {
         "settings": _settings(),

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from qerl_rl.platform.profilers import AIC_METRICS, EXPORTS, LEVELS
-from tests.platform.npu import package
+from tests.platform.npu.program import run_program
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    return package.run_program("tests.platform.npu.profiles")
+    return run_program("tests.platform.npu.profiles")
 
 
 def test_every_value_of_a_key_is_one_of_torch_npus_and_every_one_of_those_has_a_value(found: dict[str, Any]) -> None:

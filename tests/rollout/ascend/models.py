@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from qerl_rl.layout.engine import EngineLayout
+from qerl_rl.rollout.full_tensors import put
 from qerl_rl.rollout.load_plan import LoadPlan
 from qerl_rl.rollout.weight_target import FIRST_OF_FUSED
-from tests.rollout.ascend.layers import EXPERT_KINDS, LINEAR_KINDS, Importer, experts_of, fill, linear_of
+from tests.rollout.ascend.layers import EXPERT_KINDS, LINEAR_KINDS, Importer, Tensors, experts_of, fill, linear_of
+from tests.rollout.ascend.layers import held as layer_tensors
+from tests.rollout.shards import full_weights
 
 
 class VocabParallelEmbedding(torch.nn.Module):
@@ -35,11 +39,13 @@ def build(load: Importer, plan: LoadPlan, plain: EngineLayout, rank: int) -> tor
     shapes = plain.local_shapes(rank)
     for path in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
         parent, _, name = path.rpartition(".")
-        owner = _module(root, parent)
+        owner = module_at(root, parent)
         if name == "experts":
             count, hidden, width = shapes[f"{path}.w2_weight"]
             kind = EXPERT_KINDS[_format(plan, f"{path}.0.gate_proj.weight")]
-            owner.add_module(name, experts_of(load, kind, count, width, hidden))
+            layer = experts_of(load, kind, count, width, hidden)
+            layer.hidden_size, layer.intermediate_size_per_partition, layer.local_num_experts = hidden, width, count
+            owner.add_module(name, layer)
         elif name in ("embed_tokens", "lm_head"):
             owner.add_module(name, VocabParallelEmbedding(shapes[f"{path}.weight"]))
         elif len(shapes[f"{path}.weight"]) == 1:
@@ -47,11 +53,14 @@ def build(load: Importer, plan: LoadPlan, plain: EngineLayout, rank: int) -> tor
         else:
             outputs, inputs = shapes[f"{path}.weight"]
             kind = LINEAR_KINDS[_format(plan, f"{parent}.{FIRST_OF_FUSED.get(name, name)}.weight")]
-            owner.add_module(name, linear_of(load, kind, inputs, outputs))
+            layer = linear_of(load, kind, inputs, outputs)
+            layer.output_partition_sizes, layer.output_size = [outputs], outputs
+            layer.input_size = layer.input_size_per_partition = inputs
+            owner.add_module(name, layer)
     return root
 
 
-def _module(root: torch.nn.Module, path: str) -> torch.nn.Module:
+def module_at(root: torch.nn.Module, path: str) -> torch.nn.Module:
     for name in path.split(".") if path else ():
         if name not in dict(root.named_children()):
             root.add_module(name, torch.nn.Module())
@@ -99,3 +108,40 @@ def vllm_config() -> SimpleNamespace:
         device_config=SimpleNamespace(device=torch.device("cpu")),
         compilation_config=SimpleNamespace(static_forward_context={}),
     )
+
+
+def description(plan: LoadPlan) -> dict[str, Any]:
+    """What vllm-ascend's configuration notes of this checkpoint's experts."""
+    return EXPERT_KINDS[_format(plan, "model.layers.0.mlp.experts.0.up_proj.weight")].description
+
+
+def cut(engine: EngineLayout, rank: int, folder: Path) -> Tensors:
+    """A rank's tensors of a checkpoint."""
+    _, tensors = full_weights(folder)
+    dtypes = {holding.local: tensors[holding.tensor].dtype for holding in engine.holdings(rank)}
+    own = _Own(engine.local_shapes(rank), dtypes)
+    put(own, engine, rank, tensors)
+    return own.tensors
+
+
+class _Own:
+    """What stands in a target for a rank: its tensors by name."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> None:
+        self.tensors = {name: torch.zeros(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
+
+    def write(self, local: str) -> torch.Tensor:
+        return self.tensors[local]
+
+    def complete(self, local: str) -> None:
+        """Nothing follows."""
+
+
+def held(model: torch.nn.Module) -> Tensors:
+    """Every tensor of a model's layers, by path."""
+    return {
+        f"{path}.{name}": tensor
+        for path, layer in model.named_modules()
+        for name, tensor in layer_tensors(layer).items()
+        if "." not in name
+    }

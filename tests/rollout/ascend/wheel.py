@@ -19,7 +19,7 @@ import torch
 
 from tests.rollout.ascend.sources import VERSION, vllm_ascend
 
-FOREIGN = ("vllm", "vllm_ascend", "torch_npu")
+FOREIGN = ("vllm", "vllm_ascend", "torch_npu", "acl")
 FRACTAL_NZ = 29
 
 
