@@ -98,7 +98,11 @@ def shadowed(name: str) -> str | None:
 
 def checkout(module: str) -> tuple[str, str] | None:
     """Folder and version (git's branch or commit, else the distribution's) of an importable package; None without."""
-    found = importlib.util.find_spec(module)
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        # What it is a part of is not there.
+        return None
     if found is None or not found.submodule_search_locations:
         return None
     folder = Path(next(iter(found.submodule_search_locations))).resolve()

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from qerl_rl.platform.ops.checks import on_npu, require
+from qerl_rl.platform.ops.checks import require
 from qerl_rl.platform.ops.grouped_matmul import BY_ROWS, ENDS, SINGLE_OUTPUT, by_rows, check_groups, group_ends
 from qerl_rl.platform.ops.quantize import INT4_IN_INT32, unpack_int4
+from qerl_rl.platform.ops.selection import fused
 
 _OUTPUT = {torch.bfloat16: torch.bfloat16, torch.float32: torch.float16}
 """The type of the result, by that of the weights' scales: the combinations that the kernel has."""
@@ -37,7 +38,7 @@ def grouped_matmul_int8(
     dtype = _OUTPUT[weight_scale.dtype]
     if not len(x):
         return x.new_empty(0, weight.shape[1], dtype=dtype)
-    if on_npu(x):
+    if fused("grouped_matmul", x):
         [y] = torch.ops.npu.npu_grouped_matmul(
             [x.contiguous()],
             [weight.transpose(1, 2)],
@@ -90,7 +91,7 @@ class _GroupedMatmulInt8Weights(torch.autograd.Function):
 
 def _int8_by_rows(x: torch.Tensor, matrices: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """`by_rows` with int8 matrices [E, K, N]."""
-    if not on_npu(x) or not len(x):
+    if not fused("grouped_matmul", x) or not len(x):
         return by_rows(x, matrices, rows)
     ones = x.new_ones(matrices.shape[0], matrices.shape[2])
     [y] = torch.ops.npu.npu_grouped_matmul(
@@ -141,7 +142,7 @@ class _GroupedMatmulInt4(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(packed, scale, offset)
         ctx.rows = rows
-        if not on_npu(x) or not len(x):
+        if not fused("grouped_matmul", x) or not len(x):
             return by_rows(x, _dequantized(packed, scale, offset), rows)
         # One scale a column has no dimension of groups.
         whole_columns = scale.shape[1] == 1
