@@ -12,6 +12,8 @@ import pytest
 from tests.platform.npu.cases import CASES, HIDDEN
 from tests.platform.npu.program import run_program
 
+pytestmark = pytest.mark.ascend
+
 ROUNDED = ("rms_norm, noisy weight", "grouped_matmul_int", "stored experts", "dynamic_quantize")
 """Cases with numbers of 16 bits in them; all others are float32 throughout."""
 

@@ -15,6 +15,8 @@ from qerl_rl.quant.checkpoint import CheckpointReader
 from tests.npu_sim.test_training import BLOCK, PADDING
 from tests.trainer.runs import launch, rows
 
+pytestmark = pytest.mark.ascend
+
 SIZES = (
     "run.steps=1",
     "algorithm.prompts_per_step=8",

@@ -16,6 +16,8 @@ from qerl_rl.platform import detect
 from tests.model import harness
 from tests.ranks import RankPool
 
+pytestmark = pytest.mark.ascend
+
 Found = dict[str, tuple[float, dict[str, torch.Tensor]]]
 LAYOUTS = {
     "each rank alone": TrainConfig(),

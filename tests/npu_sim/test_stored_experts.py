@@ -16,6 +16,8 @@ from qerl_rl.platform import detect
 from tests.model import harness
 from tests.ranks import RankPool
 
+pytestmark = pytest.mark.ascend
+
 FORMATS: dict[str, dict[str, int]] = {"w8a8": {}, "w4a16": {"group_size": 32}}
 Found = dict[str, tuple[float, dict[str, torch.Tensor]]]
 

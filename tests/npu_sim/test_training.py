@@ -15,6 +15,8 @@ from qerl_rl.platform import detect
 from tests.ranks import RankPool
 from tests.train.models import make_checkpoints, make_config, make_samples, policy_gradient, share, start_engine
 
+pytestmark = pytest.mark.ascend
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data 2": {},
     "tensor 2, expert 2": {"tensor_parallel": 2, "expert_parallel": 2},

@@ -13,6 +13,8 @@ import pytest
 from qerl_rl.platform.profilers import AIC_METRICS, EXPORTS, LEVELS
 from tests.platform.npu.program import run_program
 
+pytestmark = pytest.mark.ascend
+
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:

@@ -13,6 +13,8 @@ import pytest
 from qerl_rl.platform.simulated_npu import package
 from tests.platform.npu.program import REPOSITORY, run_program
 
+pytestmark = pytest.mark.ascend
+
 SOURCES = ("qerl_rl", "trainer", "workers", "transfer_dock")
 
 
