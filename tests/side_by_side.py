@@ -2,8 +2,8 @@
 
     python -m tests.side_by_side [arguments of pytest for both]
 
-What a session builds once for many tests is built once for whole runs, and once for all other tests; memory is that of one
-run beside one test. `pytest tests` runs the same tests one after the other.
+What a session builds once for many tests is built once for whole runs and once for all other tests. `pytest tests` runs
+the same tests one after the other.
 """
 
 from __future__ import annotations
