@@ -26,7 +26,7 @@ from qerl_rl.quant.quantize import recipe_of
 from qerl_rl.reshard.moved import moved_tensors, target_layout
 from qerl_rl.rewards import load_rewards
 from qerl_rl.rewards.model import check_reward_model
-from qerl_rl.rollout.limits import check_expert_sizes, check_kv_cache
+from qerl_rl.rollout.limits import check_expert_sizes, check_kv_cache, check_latent_width
 from trainer.ascend import check_ascend, is_for_npu
 from trainer.resume import ResumePoint, find_resume
 from trainer.simulation import prepare_simulation
@@ -165,6 +165,8 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture, ha
             on_npu = is_for_npu(config)
             if not on_npu:
                 check_expert_sizes(config.model.path, rollout)
+            if config.train.device in ("cpu", "npu-sim"):
+                check_latent_width(config.model.path)
             check_kv_cache(rollout, on_npu=on_npu)
             target_layout(config, architecture, moved_tensors(config, architecture))
     except ConfigError as error:

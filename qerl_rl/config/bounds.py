@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
         "ulysses_cp_algo",
         "hybrid_cp_algo",
         "hybrid_adaptive_cp_algo",
+        "adaptive_cp_algo",
         "kvallgather_cp_algo",
     ),
     "rollout.dtype": ("float32", "bfloat16"),

@@ -44,6 +44,9 @@ def _check_values(config: Config) -> Fault:
     for key in POSITIVE.split():
         if _get(config, key) <= 0:
             return key, f"{key}={_get(config, key)} is not positive.", f"set {key} above 0"
+    if not 0 <= config.rollout.min_p <= 1:
+        key = "rollout.min_p"
+        return key, f"{key}={config.rollout.min_p} is no probability.", f"set {key} from 0 to 1"
     if not 0 < config.rollout.top_p <= 1:
         key = "rollout.top_p"
         return key, f"{key}={config.rollout.top_p} is no probability.", f"set {key} above 0 and up to 1"
@@ -71,6 +74,14 @@ def _check_train_layout(config: Config) -> Fault:
         if train.recompute != "full" and _get(config, key) != default:
             problem = f"{key}={_get(config, key)}, but train.recompute={train.recompute} does not ask for it."
             return key, problem, f"set train.recompute to full, or leave {key} out"
+    if train.layers_per_stage and not re.fullmatch(r"[1-9]\d*(, *[1-9]\d*)*", train.layers_per_stage):
+        key = "train.layers_per_stage"
+        fix = f"write {pipeline} numbers above 0 with commas between them, those of the model's layers together"
+        return key, f"{key}={train.layers_per_stage} are no numbers of layers.", fix
+    if train.layers_per_stage and len(train.stage_layers) != pipeline:
+        key = "train.layers_per_stage"
+        problem = f"{key}={train.layers_per_stage} are {len(train.stage_layers)} stages, train.pipeline_parallel is"
+        return key, f"{problem} {pipeline}.", f"set train.pipeline_parallel to {len(train.stage_layers)}"
     if tensor > 1 and not train.sequence_parallel:
         key = "train.sequence_parallel"
         problem = f"train.tensor_parallel={tensor} without sequence parallelism: Megatron trains no MoE that way."

@@ -53,6 +53,7 @@ class MindSpeedConfig:
     use_ascend_coc: bool = False
     context_parallel_size: int = 1
     context_parallel_algo: str = "megatron_cp_algo"
-    """megatron_cp_algo, ulysses_cp_algo, hybrid_cp_algo, hybrid_adaptive_cp_algo or kvallgather_cp_algo."""
+    """megatron_cp_algo, ulysses_cp_algo, hybrid_cp_algo, hybrid_adaptive_cp_algo, adaptive_cp_algo or
+    kvallgather_cp_algo."""
     use_cp_send_recv_overlap: bool = False
     npu_deterministic: bool = False

@@ -102,7 +102,7 @@ class TrainConfig(RouterConfig):
     @property
     def stage_layers(self) -> tuple[int, ...]:
         """layers_per_stage as numbers; none where all stages are alike."""
-        return tuple(int(count) for count in self.layers_per_stage.split(",") if count.strip())
+        return tuple(int(count) for count in self.layers_per_stage.split(",") if count.strip().isdecimal())
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,8 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps every token."""
+    min_p: float = 0.0
+    """Tokens with less than this share of the likeliest one's probability are left out; 0 keeps every token."""
     max_prompt_tokens: int = 128
     max_response_tokens: int = 128
     carry_prompts: int = 0

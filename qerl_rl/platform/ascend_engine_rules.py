@@ -99,17 +99,29 @@ def graphs(setting: Setting) -> Fault:
 
 
 def fused_products(setting: Setting) -> Fault:
-    """The product with its all-reduce is for row-parallel layers over several ranks, on A2; it depends on the batch."""
-    key, rollout = "rollout.ascend.matmul_all_reduce", setting.config.rollout
+    """The product with its all-reduce is for row-parallel layers over several ranks of A2. It reads a weight as it is,
+    int8 too, and nothing that stands beside it: scales and adapters would be left out."""
+    key, rollout, lora = "rollout.ascend.matmul_all_reduce", setting.config.rollout, setting.config.lora
     if not rollout.ascend.matmul_all_reduce:
         return None
     reasons = {
         "rollout.tensor_parallel=1 reduces nothing": rollout.tensor_parallel == 1,
         "rollout.ascend.card=a3 has no such kernel": rollout.ascend.card == "a3",
         "rollout.ascend.batch_invariant=true switches it off": rollout.ascend.batch_invariant,
+        "it would leave out the scales of quantized attention": bool(setting.linears - {"none"}),
+        "it would leave out the adapters of lora.attention=true": lora.rank > 0 and lora.attention,
     }
     why = next((reason for reason, holds in reasons.items() if holds), None)
     return None if why is None else (key, f"{key}=true, but {why}.", f"set {key} to false")
+
+
+def noise_in_graphs(setting: Setting) -> Fault:
+    """A captured graph reads the norms that it was captured with: noise on others would be noise on none."""
+    key = "rollout.enforce_eager"
+    if setting.config.rollout.enforce_eager or not setting.config.noise.enabled:
+        return None
+    problem = f"{key}=false, but noise.enabled=true changes norms that captured graphs don't read again."
+    return key, problem, f"set {key} to true, or noise.enabled to false"
 
 
 def scattered_tokens(setting: Setting) -> Fault:
@@ -226,6 +238,7 @@ ENGINE_RULES = (
     weight_layout,
     graphs,
     fused_products,
+    noise_in_graphs,
     scattered_tokens,
     fused_dispatch,
     hierarchy,

@@ -70,6 +70,11 @@ class LoadPlan:
         runs = [(format, self._as_run(format)) for format in self._formats.values()]
         return all(run is not None and run.name == format.name for format, run in runs)
 
+    @property
+    def is_described(self) -> bool:
+        """Whether the engine finds all that it needs to know of the formats in the checkpoint's own config.json."""
+        return self.quantization_config() == self._described
+
     def stored_format(self, weight: str) -> Format | None:
         """The format that a weight is stored in, or rounded to; None: floats."""
         return self.reader.format_of(weight) if self._recipe is None else self._recipe.format_of(weight)
@@ -160,7 +165,14 @@ class LoadPlan:
             elif run.name != self._formats[name].name:
                 described["config_groups"][name] = run.config_group(group["targets"])
                 described["format"] = described["config_groups"][name]["format"]
-        return described
+        return described | self._ascend_group_size()
+
+    def _ascend_group_size(self) -> dict[str, int]:
+        """vllm-ascend's W4A16 reads the group size beside the groups of modules, and takes 32 where it finds none."""
+        if self.platform not in ("910", "a5"):
+            return {}
+        sizes = [format.group_size for format in self._formats.values() if format.name == "w4a16"]
+        return {"group_size": sizes[0]} if sizes else {}
 
     def _modules(self, targets: list[str], format: Format) -> list[str]:
         """What names the modules of a group: its targets, or each module where they name a class."""

@@ -20,7 +20,7 @@ def loader_options(plan: LoadPlan) -> dict[str, Any]:
     (vLLM's own loader knows layouts there that only its kernels have, and skips other ranks' experts likewise.)
     """
     if plan.platform != "cpu" and plan.is_native:
-        return {}
+        return {} if plan.is_described else {"hf_overrides": shown_config(plan)}
     _register_loader(plan)
     return {"load_format": LOAD_FORMAT, "hf_overrides": shown_config(plan)}
 

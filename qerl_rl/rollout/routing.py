@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.rollout.ascend.routing import record_quantized_experts
 from qerl_rl.rollout.vllm_objects import model_runner
 
 
@@ -67,6 +68,8 @@ def routing_engine(arguments: Any) -> Any:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
+        if current_platform.device_type == "npu":
+            record_quantized_experts()
         return LLMEngine.from_engine_args(replace(arguments, enable_return_routed_experts=True))
     engine = LLMEngine.from_engine_args(arguments)
     record_on_cpu(engine)

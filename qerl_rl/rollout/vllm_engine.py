@@ -178,6 +178,7 @@ class VllmEngine:
                 temperature=temperature,
                 top_p=self._rollout.top_p,
                 top_k=self._rollout.top_k,
+                min_p=self._rollout.min_p,
                 seed=sample_seed(request.seed, index, len(partial)),
                 max_tokens=collector.budget - len(partial),
                 stop_token_ids=self._stop_tokens,

@@ -1,6 +1,6 @@
 """vLLM's objects that this package works with and never imports: what a name stands for, and in which class.
 
-`model_runner` is the way to the deepest of them. The tables are read by tests/rollout/ascend/test_reliances.py, which
+`model_runner` is the way to the one that computes. The tables are read by tests/rollout/ascend/test_reliances.py, which
 looks up each attribute that the code takes from these names, and the arguments that it calls them with, in the sources
 of both vLLM versions and of vllm-ascend.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def engine_worker(engine: Any) -> Any:
-    """What holds the card of this process, for a vLLM LLMEngine without processes of its own."""
+    """What holds weights and KV cache in this process, for a vLLM LLMEngine without processes of its own."""
     return engine.model_executor.driver_worker.worker
 
 
@@ -48,6 +48,8 @@ KINDS: dict[str, dict[str, str]] = {
     "batch": dict.fromkeys((CPU, NPU), "vllm.v1.worker.gpu_input_batch:InputBatch"),
     "cache configuration": dict.fromkeys((CPU, NPU), "vllm.config.cache:CacheConfig"),
     "cache groups": dict.fromkeys((CPU, NPU), "vllm.v1.kv_cache_interface:KVCacheConfig"),
+    "ascend worker": {NPU: "vllm_ascend.worker.worker:NPUWorker"},
+    "allocation": {NPU: "vllm_ascend.device_allocator.camem:AllocationData"},
     "ascend configuration": {NPU: "vllm_ascend.ascend_config:AscendConfig"},
     "capturer": dict.fromkeys(
         (CPU, NPU), "vllm.model_executor.layers.fused_moe.routed_experts_capturer:RoutedExpertsCapturer"
@@ -67,6 +69,7 @@ PARTS = {
     "engine.vllm_config": "configuration",
     "configuration.model_config": "model configuration",
     "engine.output_processor": "outputs",
+    "ascend worker.vllm_config": "configuration",
     "runner.sampler": "sampler",
     "runner.input_batch": "batch",
     "runner.cache_config": "cache configuration",
@@ -77,7 +80,13 @@ PARTS = {
 
 NAMES: dict[str, dict[str, str]] = {
     "vllm_objects.py": {"engine": "engine"},
-    "vllm_engine.py": {"self._engine": "engine", "runner": "runner", "output": "request output"},
+    "vllm_engine.py": {
+        "self._engine": "engine",
+        "worker": "worker",
+        "runner": "runner",
+        "output": "request output",
+    },
+    "engine_memory.py": {"worker": "worker", "runner": "runner"},
     "routing.py": {
         "engine": "engine",
         "runner": "runner",
@@ -94,10 +103,11 @@ NAMES: dict[str, dict[str, str]] = {
     "repack.py": {"vllm_config": "configuration"},
     "weight_target.py": {"vllm_config": "configuration"},
     "merge.py": {"vllm_config": "configuration"},
+    "ascend/sleep.py:SleepMode": {"self._worker": "ascend worker", "each": "allocation"},
     "ascend/rewrite.py": {"config": "ascend configuration", "vllm_config": "configuration"},
 }
-"""Names in the files of this package that stand for an object of vLLM's, and its kind. What our code itself puts on
-such an object begins with qerl_."""
+"""Names in the files of this package (or in one class or function of a file) that stand for an object of vLLM's, and
+its kind. What our code itself puts on such an object begins with qerl_."""
 
 ON_CPU = (
     "cpu_norm.py",

@@ -12,14 +12,14 @@ import pytest
 from qerl_rl import __main__ as command_line
 from qerl_rl.doctor import command, findings
 from qerl_rl.doctor.findings import MISSING, NOTE, PINS, WITHOUT_DEPENDENCIES, examine, installed_platform
-from qerl_rl.doctor.machine import Machine, checkout, installed_version, shadowed, toolkit_version
+from qerl_rl.doctor.machine import TOOLS, Machine, checkout, installed_version, shadowed, toolkit_version
 
 ROOT = Path(__file__).parents[2]
 
 
 def machine(platform: str, **changes: object) -> Machine:
     """A machine that has all that the platform needs, but for the changes."""
-    versions = PINS[platform] | WITHOUT_DEPENDENCIES
+    versions = PINS["npu" if platform == "npu" else "cpu"] | WITHOUT_DEPENDENCIES
     whole = Machine(
         python="3.11.9",
         versions=versions.get,
@@ -31,12 +31,13 @@ def machine(platform: str, **changes: object) -> Machine:
         cores=8,
         processor_flags=frozenset({"amx_tile"}),
         toolkit="8.3.RC1",
+        tools=frozenset(TOOLS if platform == "npu-sim" else ()),
         has_driver=platform == "npu",
     )
     return replace(whole, **changes)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "npu"])
+@pytest.mark.parametrize("platform", ["cpu", "npu", "npu-sim"])
 def test_a_whole_machine_has_nothing_to_report(platform: str) -> None:
     found = examine(machine(platform), platform)
     assert {finding.status for finding in found} == {findings.GOOD}
@@ -60,6 +61,7 @@ def without(platform: str, name: str) -> dict:
         ("npu", {"checkouts": lambda module: ("/x", "master")}, "MindSpeed", NOTE, "git checkout core_r0.12.1 in /x"),
         ("npu", {"toolkit": None}, "CANN", MISSING, "set_env.sh"),
         ("npu", {"toolkit": "8.2.RC1"}, "CANN", MISSING, "newer"),
+        ("npu-sim", {"tools": frozenset({"gcc", "nm"})}, "readelf", MISSING, "install binutils"),
         ("npu", {"has_driver": False}, "Ascend cards", MISSING, "npu-smi"),
         ("npu", {"environment": {"HCCL_SOCKET_IFNAME": "eth7"}}, "HCCL_SOCKET_IFNAME", MISSING, "lo, eth0"),
         ("cpu", {"environment": {"GLOO_SOCKET_IFNAME": "=eth"}}, "GLOO_SOCKET_IFNAME", MISSING, "lo, eth0"),

@@ -10,7 +10,7 @@ import pytest
 
 from qerl_rl.config.ascend_schema import VARIABLE_KEYS, AscendConfig
 from qerl_rl.config.errors import ConfigError
-from qerl_rl.config.schema import Config, LoraConfig, QuantConfig, RolloutConfig, SwapConfig
+from qerl_rl.config.schema import Config, LoraConfig, NoiseConfig, QuantConfig, RolloutConfig, SwapConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.platform import ascend_rules
 from qerl_rl.platform.ascend_rules import check_rules, mc2_buffer_mb
@@ -46,14 +46,20 @@ def setting(
     format: str = "w8a8",
     lora: LoraConfig | None = None,
     swap: SwapConfig | None = None,
+    noise: NoiseConfig | None = None,
     ascend: dict[str, object] | None = None,
     environment: dict[str, str] | None = None,
     **changes: object,
 ) -> Setting:
     """A launch that breaks no rule, but for the changes; `ascend` are keys of rollout.ascend."""
     rollout = replace(rollout, ascend=AscendConfig(**(ascend or {})))
-    quant = QuantConfig(format=format)
-    config = Config(rollout=rollout, quant=quant, lora=lora or LoraConfig(), swap=swap or SwapConfig())
+    config = Config(
+        rollout=rollout,
+        quant=QuantConfig(format=format),
+        lora=lora or LoraConfig(),
+        swap=swap or SwapConfig(),
+        noise=noise or NoiseConfig(),
+    )
     return replace(Setting(config, ARCHITECTURE, environment or {}, interfaces=("lo", "eth0")), **changes)
 
 
@@ -71,6 +77,8 @@ FUSED = {"rollout": MANY, "environment": BIG}
 A3 = {"card": "a3"}
 MERGED = LoraConfig(in_rollout="merge")
 FROZEN = LoraConfig(experts=False)
+FULL = LoraConfig(rank=0)
+NOISE = NoiseConfig(enabled=True)
 TENSOR = replace(EAGER, tensor_parallel=2, data_parallel=4)
 ALONE = replace(EAGER, expert_parallel=False)
 SHARED = replace(ARCHITECTURE, shared_expert_width=2048)
@@ -212,20 +220,38 @@ CASES: dict[str, tuple[dict, str, str, dict]] = {
         "numbers of tokens",
         {"rollout": GRAPHS, "ascend": {"capture_sizes": [8]}},
     ),
+    "noise_in_graphs": (
+        {"rollout": GRAPHS, "environment": {"HCCL_OP_EXPANSION_MODE": "AIV"}, "noise": NOISE},
+        "norms that captured graphs",
+        "enforce_eager to true",
+        {"noise": NOISE},
+    ),
     "fused_products": (
-        {"ascend": {"matmul_all_reduce": True}},
+        {"ascend": {"matmul_all_reduce": True}, "lora": FULL},
         "reduces nothing",
         "to false",
+        {"rollout": TENSOR, "ascend": {"matmul_all_reduce": True}, "lora": FULL},
+    ),
+    "fused_products_adapters": (
         {"rollout": TENSOR, "ascend": {"matmul_all_reduce": True}},
+        "adapters of lora.attention=true",
+        "to false",
+        {"rollout": TENSOR},
+    ),
+    "fused_products_scales": (
+        {"rollout": TENSOR, "ascend": {"matmul_all_reduce": True}, "lora": FULL, "linears": frozenset({"w8a8"})},
+        "scales of quantized attention",
+        "to false",
+        {"rollout": TENSOR, "ascend": {"matmul_all_reduce": True}, "lora": FULL, "linears": frozenset({"none"})},
     ),
     "fused_products_a3": (
-        {"rollout": TENSOR, "ascend": {"matmul_all_reduce": True} | A3, "environment": BIG},
+        {"rollout": TENSOR, "ascend": {"matmul_all_reduce": True} | A3, "environment": BIG, "lora": FULL},
         "no such kernel",
         "to false",
         {"rollout": TENSOR, "ascend": A3, "environment": BIG},
     ),
     "fused_products_invariant": (
-        {"rollout": TENSOR, "ascend": {"matmul_all_reduce": True, "batch_invariant": True}},
+        {"rollout": TENSOR, "ascend": {"matmul_all_reduce": True, "batch_invariant": True}, "lora": FULL},
         "switches it off",
         "to false",
         {"rollout": TENSOR, "ascend": {"batch_invariant": True}},

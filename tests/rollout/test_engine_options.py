@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qerl_rl.config.ascend_schema import AscendConfig
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import RolloutConfig
+from qerl_rl.rollout.ascend_options import additional_config
+from qerl_rl.rollout.engine_options import engine_arguments
 from qerl_rl.rollout.limits import check_kv_cache
+from qerl_rl.rollout.load_plan import LoadPlan
 from tests.ranks import run_engines
 from tests.rollout.scenes import log_prob_gaps, make_engine, plain, request, tokens_of
 
@@ -20,13 +24,19 @@ GROUPS = [0, 2, 4]
 WHOLE = {"max_sequences": 8}
 PARTS = WHOLE | {"chunked_prefill": True, "max_batched_tokens": 48, "kv_block_tokens": 32}
 SMALL = WHOLE | {"kv_cache_dtype": "fp8"}
+ON_NPU = RolloutConfig(enforce_eager=False, ascend=AscendConfig(graph_mode="piecewise", max_capture_size=64))
+GIVEN = ("additional_config", "enable_sleep_mode", "max_cudagraph_capture_size", "compilation_config", "load_format")
 SCENES = {"whole": WHOLE, "parts": PARTS, "small": SMALL}
 
 
 def _scene(folder: Path) -> dict[str, Any]:
     # An engine that ends takes the process groups of the others with it: all stay.
     engines = {name: make_engine(folder, record_routing=True, **options) for name, options in SCENES.items()}
-    return {name: _seen(engine) for name, engine in engines.items()}
+    seen = {name: _seen(engine) for name, engine in engines.items()}
+    for platform in ("cpu", "910"):
+        arguments = engine_arguments(LoadPlan(folder, platform), ON_NPU, 400, 0)
+        seen[platform] = {name: repr(getattr(arguments, name)) for name in GIVEN}
+    return seen
 
 
 def _seen(engine: Any) -> dict[str, Any]:
@@ -82,6 +92,15 @@ def test_a_cache_in_fp8_holds_twice_as_much_and_gives_nearly_the_same(seen: dict
     assert seen["small"]["blocks"] == 2 * seen["whole"]["blocks"]
     gaps = np.abs(np.subtract(seen["small"]["scores"], seen["whole"]["scores"]))
     assert 0 < gaps.mean() < 0.1 * np.std(seen["whole"]["scores"])
+
+
+def test_an_engine_on_npus_gets_its_own_options_and_loads_by_itself(seen: dict[str, Any]) -> None:
+    on_npu, on_cpu = seen["910"], seen["cpu"]
+    assert repr(additional_config(ON_NPU.ascend)) == on_npu["additional_config"] != on_cpu["additional_config"]
+    assert (on_npu["enable_sleep_mode"], on_cpu["enable_sleep_mode"]) == ("True", "False")
+    assert (on_npu["max_cudagraph_capture_size"], on_cpu["max_cudagraph_capture_size"]) == ("64", "None")
+    assert "PIECEWISE" in on_npu["compilation_config"]
+    assert (on_npu["load_format"], on_cpu["load_format"]) == ("'auto'", "'qerl_rl'")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from qerl_rl.quant.formats import FORMATS
 from qerl_rl.quant.quantize import quantize_checkpoint
 from qerl_rl.rollout.limits import check_groups
 from qerl_rl.rollout.load_plan import LoadPlan, local_tensors
+from qerl_rl.rollout.loader import loader_options
 from tests.quant.converted import as_from_awq
 
 
@@ -78,6 +80,16 @@ def test_a_mixed_checkpoint_shows_the_engine_what_it_runs_natively(stored: Calla
     }
     assert "mxfp4 (groups of 32): dequantized" in plan.line()
     assert "w8a8: native" in plan.line()
+
+
+def test_ascend_is_told_the_group_size_where_its_engine_looks_for_it(stored: Callable[..., Path]) -> None:
+    plan = LoadPlan(stored("w4a16", attention="w8a8", group_size=64), "910")
+    config = SimpleNamespace(quantization_config={})
+    loader_options(plan)["hf_overrides"](config)
+    # The rest is as the checkpoint says; vllm-ascend would take groups of 32 without it.
+    stored_config = json.loads((plan.reader.path / "config.json").read_text())["quantization_config"]
+    assert config.quantization_config == stored_config | {"group_size": 64}
+    assert loader_options(LoadPlan(stored("w8a8"), "910")) == {}
 
 
 def test_a_group_that_targets_a_class_is_dequantized_beside_one_that_names_modules(

@@ -13,8 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from qerl_rl.config.ascend_schema import AscendConfig
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import RolloutConfig
+from qerl_rl.platform.device import DEVICES
+from qerl_rl.rollout import environment as setup
+from qerl_rl.rollout import vllm_patches
 from qerl_rl.rollout.cpu_norm import in_chunks
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.limits import check_expert_sizes
@@ -88,6 +92,43 @@ def test_environment_keeps_the_users_log_level_and_refuses_to_come_late(monkeypa
     assert environment["VLLM_LOGGING_LEVEL"] == "INFO"
     assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_keys_of_rollout_ascend_become_variables_on_npus_alone(eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = RolloutConfig(enforce_eager=eager, ascend=AscendConfig(fused_mc2=2, dynamic_eplb=True))
+    for name in ("cpu", "npu"):
+        environment: dict[str, str] = {}
+        monkeypatch.setattr(os, "environ", environment)
+        monkeypatch.setattr(setup, "detect", lambda name=name: DEVICES[name])
+        monkeypatch.delitem(sys.modules, "vllm", raising=False)
+        monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+        configure_environment(rollout)
+        # Graphs of NPUs are what the compiler cuts out; a CPU has none.
+        assert ("TORCHDYNAMO_DISABLE" in environment) == (name == "cpu" or eager)
+        assert environment.get("VLLM_ASCEND_ENABLE_FUSED_MC2") == ("2" if name == "npu" else None)
+        assert environment.get("DYNAMIC_EPLB") == ("true" if name == "npu" else None)
+        assert (rollout.ascend.variables.items() <= environment.items()) == (name == "npu")
+
+
+@pytest.mark.parametrize(("card", "column"), [("A2", "910"), ("A3", "910"), ("A5", "a5")])
+def test_npus_are_told_from_cpus_and_get_their_own_patches(
+    card: str, column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = types.SimpleNamespace(A2="A2", A3="A3", A5="A5")
+    modules = {
+        "vllm": {},
+        "vllm.platforms": {"current_platform": types.SimpleNamespace(device_type="npu")},
+        "vllm_ascend": {},
+        "vllm_ascend.utils": {"AscendDeviceType": kinds, "get_ascend_device_type": lambda: card},
+    }
+    for name, content in modules.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    assert vllm_patches.platform_name() == column
+    assert vllm_patches.unlink_message_queues_early in vllm_patches.PATCHES[column]
+    assert vllm_patches.cpu_experts_honour_expert_map not in vllm_patches.PATCHES[column]
 
 
 def test_expert_sizes_the_kernel_cannot_do_are_refused_with_the_fix(tmp_path: Path) -> None:

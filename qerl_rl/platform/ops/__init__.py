@@ -8,10 +8,12 @@ torch_npu has no gradient of its own, an autograd function around forward and ba
 `leave_out` lets a run do without some of them, to find out which one a difference is from.
 
 What is called where: `torch_modules` normalizes and attends by `rms_norm` and `packed_attention`, the experts use
-`weighted_swiglu` and (on an NPU) `grouped_matmul`, `npu_adaptor` gives Megatron `rotary`
-and the two of the token dispatcher, `quant.noise` adds by `add_noise`; an engine's experts with adapters are made of
-`dynamic_quantize`, `routed_matmul_int8` and `routed_matmul`. The others are what a W8A8 or W4A16 forward, a router and
-a dispatcher on an NPU are made of.
+`weighted_swiglu` and (on an NPU) `grouped_matmul`, with frozen weights `grouped_matmul_int8_weights` and
+`grouped_matmul_int4`, `npu_adaptor` gives Megatron `rotary`
+and the two of the token dispatcher, `quant.noise` adds by `add_noise`. `rollout.ascend` writes
+weights by `repack_int4` and `to_fractal_nz`, computes small int4 experts by `decode_experts_int4`, and experts with
+adapters by `dynamic_quantize`, `routed_matmul_int8` and `routed_matmul`. The others are what a forward of the trainer's
+own with int8 activations (it has none: that would bias log-probs), a router and a dispatcher on an NPU are made of.
 """
 
 from qerl_rl.platform.ops.activation import swiglu, weighted_swiglu, weighted_swiglu_backward

@@ -27,3 +27,8 @@ def leave_out(operators: Iterable[str]) -> None:
 def fused(operator: str, tensor: torch.Tensor) -> bool:
     """Whether `operator` computes on this tensor by its fused kernel."""
     return on_npu(tensor) and operator not in _left_out
+
+
+def is_left_out(operator: str) -> bool:
+    """Whether this run does without the kernel of `operator`."""
+    return operator in _left_out

@@ -37,15 +37,18 @@ class _Batch:
     """The works of a batch, as one. It keeps the views: gloo has no more than their addresses."""
 
     def __init__(self, works: Sequence[Any], views: Sequence[torch.Tensor]) -> None:
-        self._works, self._views = works, views
+        self._works, self._views = list(works), views
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        for work in self._works:
+        while self._works:
+            # A second wait for the same one would wait for the next message.
+            work = self._works.pop(0)
             work.wait() if timeout is None else work.wait(timeout)
         return True
 
     def is_completed(self) -> bool:
-        return all(work.is_completed() for work in self._works)
+        """True, after it has waited: gloo finds out about messages by waiting for them only."""
+        return self.wait()
 
 
 def install() -> None:

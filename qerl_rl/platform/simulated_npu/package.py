@@ -25,7 +25,7 @@ OPENED_AT_RUN_TIME = ("libruntime.so", "libopapi.so")
 """Libraries that torch_npu opens by name instead of being linked with."""
 ACL = Path(__file__).with_name("acl.c")
 _STUB = "libcann_stub.so"
-_TOOLS = ("gcc", "nm", "readelf", "ldconfig")
+_TOOLS = ("gcc", "nm", "readelf")
 
 
 def is_prepared() -> bool:
@@ -46,7 +46,7 @@ def prepare() -> None:
         )
     if is_prepared():
         return
-    missing = [tool for tool in _TOOLS if shutil.which(tool) is None and not Path("/sbin", tool).exists()]
+    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         raise ConfigError(
             f"train.device=npu-sim builds stand-ins for CANN's libraries, and there is no {', '.join(missing)} here.",
@@ -142,7 +142,7 @@ def _missing_libraries(libraries: list[Path]) -> list[str]:
     for library in libraries:
         shown = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
         needed |= {line.split("[")[1].rstrip("]") for line in shown.splitlines() if "(NEEDED)" in line}
-    known = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=True).stdout.split()
+    known = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True, check=True).stdout.split()
     of_torch = Path(importlib.util.find_spec("torch").origin).parent / "lib"  # type: ignore[union-attr, arg-type]
     there = {library.name for library in [*libraries, *of_torch.glob("*.so*")]}
     return sorted(needed - there - set(known))

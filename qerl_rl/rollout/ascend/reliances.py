@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from qerl_rl.rollout.ascend.routing import QUANTIZED_EXPERTS
+
 _WORKER = "vllm_ascend.worker.worker:NPUWorker"
 _ALLOCATOR = "vllm_ascend.device_allocator.camem"
 _METHODS = "vllm_ascend.quantization.methods"
@@ -40,6 +42,8 @@ RELIANCES = (
     "vllm_ascend.ops.linear:AscendUnquantizedLinearMethod",
     "vllm_ascend.ops.fused_moe.fused_moe:AscendUnquantizedFusedMoEMethod",
     f"{_METHODS}.w8a8_dynamic:AscendW8A8DynamicFusedMoEMethod.apply",
+    "vllm_ascend.quantization.method_adapters:AscendFusedMoEMethod.apply",
+    *(f"{_METHODS}.{name}:select_experts" for name in QUANTIZED_EXPERTS),
     f"{_EXPERTS}.moe_comm_method:MoECommMethod._apply_mlp(1)",
     *(f"{_EXPERTS}.moe_stage_contracts:MoEMlpComputeInput.{name}" for name in _MLP_INPUT),
     *(f"{_EXPERTS}.moe_stage_contracts:MoEWeights.{name}" for name in ("w1", "w2", "w1_scale", "w2_scale")),

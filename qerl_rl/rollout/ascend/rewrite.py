@@ -57,8 +57,8 @@ def _in_nz(layout: Layout) -> tuple[str, ...]:
     config = get_ascend_config()
     if config.weight_nz_mode:
         raise RuntimeError(
-            f"weights can't be replaced with weight_nz_mode {config.weight_nz_mode}: set VLLM_ASCEND_ENABLE_NZ to 0 in "
-            "cluster.environment"
+            f"weights can't be replaced with weight_nz_mode {config.weight_nz_mode}: set "
+            "rollout.ascend.weight_nz_mode to 0"
         )
     return layout.nz + (layout.nz_if_fused if config.enable_fused_mc2 else ())
 
@@ -81,8 +81,8 @@ def layout_of(module: Any) -> Layout:
         )
     if hasattr(module, "w13_weight_list") or hasattr(module, "weight_1"):
         raise RuntimeError(
-            f"{scheme} has split its weights: switch off dynamic_eplb (DYNAMIC_EPLB=false) in an engine whose weights "
-            "or adapters change"
+            f"{scheme} has split its weights, of an engine whose weights or adapters change: set "
+            "rollout.ascend.dynamic_eplb to false"
         )
     return LAYOUTS[scheme]
 

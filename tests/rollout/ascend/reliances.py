@@ -46,7 +46,8 @@ def scopes(folder: Path, names: Mapping[str, Mapping[str, str]] = vllm_objects.N
         file = path.relative_to(folder).as_posix()
         for node in tree.body:
             if isinstance(node, ast.ClassDef | Function):
-                yield Scope(file, node, outside | _imports(ast.walk(node)), names.get(file, {}))
+                objects = {**names.get(file, {}), **names.get(f"{file}:{node.name}", {})}
+                yield Scope(file, node, outside | _imports(ast.walk(node)), objects)
 
 
 def _imports(nodes: Iterator[ast.AST]) -> dict[str, tuple[str, str]]:

@@ -18,6 +18,7 @@ from qerl_rl.layout.engine import EngineLayout
 from qerl_rl.layout.tensors import Adapters, Weights
 from qerl_rl.rollout.adapters import AdapterSet
 from qerl_rl.rollout.ascend.capture import before_graphs_are_captured
+from qerl_rl.rollout.ascend.routing import record_quantized_experts
 from qerl_rl.rollout.load_plan import LoadPlan
 from qerl_rl.rollout.merge import merges_adapters
 from tests.rollout.ascend import layers, models, wheel
@@ -120,8 +121,10 @@ def _computed(load: Importer, layer: torch.nn.Module, experts: range, context: S
     return result.routed_out
 
 
-def _given(context: SimpleNamespace, fused: int = 0) -> dict[str, dict[str, Any]]:
-    given = wheel.given({}, wheel.AscendConfig(enable_fused_mc2=fused))
+def _given(
+    context: SimpleNamespace, fused: int = 0, description: dict[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    given = wheel.given(description or {}, wheel.AscendConfig(enable_fused_mc2=fused))
     # What is kept is looked at as a matrix here, as a card's kernels do.
     given["torch_npu"] = given["torch_npu"] | {"npu_format_cast": lambda weight, acl_format: weight}
     given["vllm_ascend.ascend_forward_context"] = {"_EXTRA_CTX": context}
@@ -227,3 +230,27 @@ def test_a_linear_layer_with_a_communication_of_its_own_gets_the_adapter_there_t
         AdapterSet(root, dataclasses.replace(LORA, experts=False))
     assert layer.custom_op.quant_method is layer.quant_method
     assert layer.quant_method.base.quant_method is not None
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a16", "w4a8", "mxfp8"])
+def test_quantized_experts_tell_which_tokens_chose_them(name: str) -> None:
+    told: list[tuple[int, torch.Tensor]] = []
+    capturer = SimpleNamespace(capture=lambda layer_id, topk_ids: told.append((layer_id, topk_ids)))
+    weights, ids = _routed(0)[1:]
+    comm = SimpleNamespace(fused_experts=lambda fused_experts_input: fused_experts_input.topk_ids)
+    context = SimpleNamespace(moe_comm_type=None, moe_comm_method=comm, routed=(weights, ids))
+    kind = EXPERT_KINDS[name]
+    with wheel.wheel(*MODULES, given=_given(context, description=kind.description)) as load:
+        record_quantized_experts()
+        record_quantized_experts()
+        for number, own in ((3, capturer), (4, None)):
+            layer = layers.experts_of(load, kind, EXPERTS, WIDTH)
+            layers.fill(layer, layers.expert_parts(kind.format, 1))
+            layer.swiglu_limit, layer.layer_id, layer._ascend_routed_experts_capturer = 0, number, own
+            x, logits = torch.zeros(TOKENS, HIDDEN).bfloat16(), torch.zeros(TOKENS, EXPERTS)
+            layer.quant_method.apply(
+                layer=layer, x=x, router_logits=logits, top_k=TOP_K, renormalize=True, num_experts=EXPERTS
+            )
+    [(number, chosen)] = told
+    assert number == 3
+    assert torch.equal(chosen, ids)

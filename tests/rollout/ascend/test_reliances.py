@@ -19,6 +19,7 @@ from qerl_rl.config.schema import RolloutConfig
 from qerl_rl.quant.modelslim import CACHE_C8, CACHE_KEY
 from qerl_rl.rollout import ascend_options, vllm_objects
 from qerl_rl.rollout.ascend.layouts import LAYOUTS
+from qerl_rl.rollout.ascend.reliances import RELIANCES
 from tests.rollout.ascend import sources
 from tests.rollout.ascend.packages import Packages
 from tests.rollout.ascend.reliances import CPU, NPU, Checker, named_variables, scopes
@@ -56,13 +57,39 @@ def test_nothing_else_of_this_repository_imports_the_engine() -> None:
 
 
 def test_the_table_names_what_the_code_has() -> None:
-    for file, names in vllm_objects.NAMES.items():
+    for place, names in vllm_objects.NAMES.items():
+        file = place.partition(":")[0]
         written = {ast.unparse(node) for node in ast.walk(ast.parse((ROLLOUT / file).read_text())) if _is_name(node)}
-        assert names.keys() <= written, file
-    for place in vllm_objects.ON_CPU:
+        assert names.keys() <= written, place
+    for place in (*vllm_objects.ON_CPU, *vllm_objects.NAMES):
         file, _, name = place.partition(":")
         defined = {getattr(node, "name", "") for node in ast.parse((ROLLOUT / file).read_text()).body}
         assert not name or name in defined, place
+
+
+@pytest.mark.parametrize("reliance", RELIANCES)
+def test_what_is_listed_by_hand_is_there(reliance: str) -> None:
+    assert listed_fault(reliance) is None
+    # A letter more, and it is not there; with an argument more, it can't be called so.
+    name, _, arguments = reliance.partition("(")
+    assert listed_fault(f"{name}s{'(' if arguments else ''}{arguments}") is not None
+    assert not arguments or listed_fault(f"{name}(further={',' if arguments != ')' else ''}{arguments}") is not None
+
+
+def listed_fault(reliance: str) -> str | None:
+    """What is wrong with module:Class.attribute(2, keyword=), of which the arguments may be missing."""
+    path, _, arguments = reliance.partition("(")
+    module, _, names = path.partition(":")
+    known, first, *rest = packages(NPU), *names.split(".")
+    found = known.find(module, first)
+    for name in rest:
+        found = found and known.member(found, name)
+    if found is None:
+        return f"{module} has no {names}"
+    given = [part.strip() for part in arguments.rstrip(")").split(",") if part.strip()]
+    positional = sum(int(part) for part in given if part.isdigit())
+    keywords = [part.rstrip("=") for part in given if part.endswith("=")]
+    return known.refusal(found, positional, keywords) if "(" in reliance else None
 
 
 def _is_name(node: ast.AST) -> bool:
@@ -149,6 +176,16 @@ EVERY_KEY = AscendConfig(
     eplb_policy=3,
     eplb_stage="decode",
 )
+
+
+def test_nothing_is_handed_over_that_the_engine_would_ignore() -> None:
+    known = _texts(sources.vllm_ascend(), "vllm_ascend/ascend_config.py")
+    config = ascend_options.additional_config(EVERY_KEY)
+    assert {*config, *config["eplb_config"]} <= known
+    # What is handed over otherwise, and what no engine hears of.
+    elsewhere = {"card", "sleep_mode", "graph_mode", "capture_sizes", "max_capture_size", "batch_invariant"}
+    counted = len(config) - 1 + len(config["eplb_config"]) + len(("expert_map_path", "eplb_record_path"))
+    assert counted == len(dataclasses.fields(AscendConfig)) - len(elsewhere)
 
 
 def _read_by_the_wheel(ascend: AscendConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
