@@ -110,13 +110,15 @@ class RowLinear(_AdaptedLinear):
             if parameter is not None:
                 parameter.tensor_model_parallel = True
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [sequence, batch, K of this rank] -> ([sequence (of this rank if sequence parallel), batch, N], b)."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """x [sequence, batch, K of this rank] -> ([sequence (of this rank if sequence parallel), batch, N], None)."""
         adapter = None
         if self.adapters_enabled:
             b = copy_to_tensor_model_parallel_region(self.weight_lora_B)
             adapter = Adapter(self.weight_lora_A.unsqueeze(0), b.unsqueeze(0), self.scaling)
         y = self._multiply(x, adapter)
         if self.config.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(y), self.bias
-        return reduce_from_tensor_model_parallel_region(y), self.bias
+            y = reduce_scatter_to_sequence_parallel_region(y)
+        else:
+            y = reduce_from_tensor_model_parallel_region(y)
+        return y if self.bias is None else y + self.bias, None

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.config.errors import ConfigError
+from qerl_rl.quant.checkpoint import CheckpointReader, read_config
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,27 @@ def load_reference(folder: Path) -> Any:
     """The HF model of `folder` in float32; a quantized checkpoint's weights are what its numbers stand for.
 
     Call it after `prepare_megatron`, where both are to live in one process.
-    Raises: ConfigError for a folder that can't be read.
+    Raises: ConfigError for a folder that can't be read, or a family that transformers does not have.
     """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    family = read_config(folder).get("model_type", "")
+    if family not in transformers.CONFIG_MAPPING:
+        raise ConfigError(
+            f"transformers {transformers.__version__} has no class for model_type={family}, so there is nothing to"
+            " verify against.",
+            fix="use a model of another family; docs/families.md says how this one is checked",
+            where=str(folder / "config.json"),
+        )
     with CheckpointReader(folder) as reader:
         weights = {name: reader.weight(name) for name in reader.weights()}
     config = transformers.AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model_class = getattr(transformers, config.architectures[0])
+    # Not by config.architectures: Phi-3.5-MoE is published by another name than transformers' class has.
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32).eval()
     # One product an expert, which `quantized` can look into.
     model.set_experts_implementation("eager")
