@@ -33,6 +33,7 @@ def _scene(folder: Path) -> dict[str, Any]:
     # An engine that ends takes the process groups of the others with it: all stay.
     engines = {name: make_engine(folder, record_routing=True, **options) for name, options in SCENES.items()}
     seen = {name: _seen(engine) for name, engine in engines.items()}
+    seen["parts"]["again"] = plain(list(engines["parts"].generate([request(group, 3) for group in GROUPS])))
     for platform in ("cpu", "910"):
         arguments = engine_arguments(LoadPlan(folder, platform), ON_NPU, 400, 0)
         seen[platform] = {name: repr(getattr(arguments, name)) for name in GIVEN}
@@ -55,7 +56,6 @@ def _seen(engine: Any) -> dict[str, Any]:
         "experts": {output.group: [rows.tolist() for rows in output.routed_experts] for output in outputs},
         "scores": scores.tolist(),
         "most tokens": max(steps),
-        "again": plain(list(engine.generate([request(group, 3) for group in GROUPS]))),
         "blocks": runner.kv_cache_config.num_blocks,
         "block tokens": runner.cache_config.block_size,
     }
