@@ -20,7 +20,7 @@ quickstart: install
 	$(BIN)/python launch.py --config configs/quickstart_cpu.yaml model.path=$(OUTPUT)/model run.output_dir=$(OUTPUT)/run
 
 test: install
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m tests.side_by_side
 
 lint: install
 	$(BIN)/ruff check .

@@ -17,9 +17,11 @@ from typing import Any
 from benchmarks.figures import Figure
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
-from qerl_rl.layout.deepseek import DeepseekArchitecture
 from qerl_rl.layout.engine import EngineLayout
-from qerl_rl.layout.tensors import Architecture, Weights, full_tensors
+from qerl_rl.layout.families.deepseek import NAMES
+from qerl_rl.layout.parts import LatentAttention
+from qerl_rl.layout.routing import SIGMOID, RoutingRule
+from qerl_rl.layout.tensors import Weights, full_tensors
 from qerl_rl.layout.train import TrainLayout
 from qerl_rl.quant.formats import get_format
 from qerl_rl.reshard.plan import Plan, make_plan
@@ -48,22 +50,31 @@ QWEN3_235B = MoeArchitecture(
     qkv_bias=False,
     tied_embeddings=False,
 )
-DEEPSEEK_V3 = DeepseekArchitecture(
+DEEPSEEK_V3 = MoeArchitecture(
+    family="deepseek_v3",
     layers=61,
-    dense_layers=3,
     hidden_size=7168,
     attention_heads=128,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    dense_width=18432,
+    key_value_heads=128,
+    head_dim=192,
     experts=256,
+    experts_per_token=8,
     expert_width=2048,
-    shared_experts=1,
+    shared_expert_width=2048,
     vocabulary_size=129280,
-    router_bias=True,
+    max_positions=163840,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    normalized_top_k=True,
+    qk_norm=False,
+    qkv_bias=False,
+    tied_embeddings=False,
+    shared_expert_gate=False,
+    latent=LatentAttention(1536, 512, nope_head_dim=128, rope_head_dim=64, value_head_dim=128),
+    rule=RoutingRule(top_k=8, scores=SIGMOID, has_bias=True),
+    dense_layers=3,
+    dense_width=18432,
+    names=NAMES,
 )
 """The sizes that the models' config.json say."""
 
@@ -73,10 +84,9 @@ class Case:
     """A model that goes from a layout of the trainer to one of the engines; format: "none" is bfloat16."""
 
     name: str
-    architecture: Architecture
+    architecture: MoeArchitecture
     format: str
     train: ParallelSizes
-    layers_per_stage: tuple[int, ...]
     tensor: int
     data: int
     engines: int
@@ -87,7 +97,7 @@ class Case:
         format = None if self.format == "none" else get_format(self.format)
         weights = Weights.chosen_by(self.architecture, lambda name: format)
         engine = EngineLayout(self.architecture, self.tensor, self.data, True, weights, self.engines)
-        source = TrainLayout(self.architecture, self.train, engine.world_size, weights, self.layers_per_stage)
+        source = TrainLayout(self.architecture, self.train, engine.world_size, weights)
         tensors = full_tensors(self.architecture, weights)
         return make_plan(tensors, source, engine, bucket_bytes=BUCKET_BYTES, ranks_per_node=RANKS_PER_NODE)
 
@@ -100,7 +110,6 @@ CASES = (
             QWEN3_235B,
             format,
             ParallelSizes(tensor=4, pipeline=2, expert=16),
-            (),
             tensor,
             128 // tensor,
             1,
@@ -113,8 +122,7 @@ CASES = (
             f"DeepSeek-V3 {format}, 512 ranks, TP{tensor} EP32 PP8 to 2 x TP8 EP256",
             DEEPSEEK_V3,
             format,
-            ParallelSizes(tensor=tensor, pipeline=8, expert=32),
-            UNEVEN,
+            ParallelSizes(tensor=tensor, pipeline=8, expert=32, layers_per_stage=UNEVEN),
             8,
             32,
             2,

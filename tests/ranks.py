@@ -127,8 +127,8 @@ _store: Any = None
 _worlds = 0
 
 
-def fresh_world() -> None:
-    """A new gloo default group in this process of a `RankPool`; collective.
+def fresh_world(backend: str = "gloo") -> None:
+    """A new default group in this process of a `RankPool`; collective.
 
     It closes the groups of the last one: each gloo group keeps threads that wake a hundred times a second, so a process
     that tries layout after layout would drown in them.
@@ -148,4 +148,4 @@ def fresh_world() -> None:
         parallel_state._EMBEDDING_GLOBAL_RANKS = None
         dist.destroy_process_group()
     _worlds += 1
-    dist.init_process_group("gloo", store=dist.PrefixStore(str(_worlds), _store), rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=dist.PrefixStore(str(_worlds), _store), rank=rank, world_size=world_size)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import psutil
 
+from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.loader import LoadedConfig
+from qerl_rl.config.mindspeed_checks import misplaced_fault
 from qerl_rl.config.schema import Config
 from qerl_rl.doctor.machine import shadowed
 from qerl_rl.layout.architecture import MoeArchitecture
@@ -34,6 +36,10 @@ def check_ascend(loaded: LoadedConfig, architecture: MoeArchitecture, has_weight
     """
     config = loaded.config
     if not is_for_npu(config):
+        fault = misplaced_fault(config)
+        if fault:
+            key, problem, fix = fault
+            raise ConfigError(problem, fix=fix, where=loaded.locate(key))
         return
     low, high = (int(port) for port in _EPHEMERAL_PORTS.read_text().split())
     setting = Setting(

@@ -52,6 +52,7 @@ class Trainer(ABC):
             self._load()
             for step in range(self.first_step, self.config.run.steps + 1):
                 with self.recorder.step(step) as record:
+                    self._begin_step(step)
                     record.update(self.step(step))
                     record["data/epochs"] = self.plan.prompts.epochs
                 self._save(step)
@@ -59,6 +60,11 @@ class Trainer(ABC):
             self._export()
         finally:
             self.dock.close()
+
+    def _begin_step(self, step: int) -> None:
+        """Tell the workers, where some of them record what they do in some steps."""
+        if self.config.profiler.steps:
+            self.workers.call("begin_step", step).wait(timeout_s=self.config.fault.train_timeout_s)
 
     # ---- what loops call
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.loader import LoadedConfig
-from qerl_rl.layout.architecture import MoeArchitecture, check_layout
+from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.fit import check_layout
 from qerl_rl.layout.slots import SCORE
 from qerl_rl.model.formats import check_checkpoint
 from qerl_rl.quant.checkpoint import CheckpointReader, stored_format

@@ -84,7 +84,8 @@ class TransferDock:
         )
         if timeout <= 0:
             raise InvalidRequest(f"must be positive: timeout={timeout}")
-        name, node = uuid.uuid4().hex[:12], ray.get_runtime_context().get_node_id()
+        # The process is in the name, so that who finds the files in shared memory can tell whose they are.
+        name, node = f"{os.getpid()}-{uuid.uuid4().hex[:12]}", ray.get_runtime_context().get_node_id()
         home = Home(name, node, new_arena_path(name, node, capacity_bytes))
         sweep(os.path.dirname(home.path))
         adopt(home.path, Arena.create(home.path, Spaces(capacity_bytes).size))

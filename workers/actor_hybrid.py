@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qerl_rl.config.loader import from_dict
+from qerl_rl.metrics.profile import StageProfiler, stage
 from qerl_rl.reshard.ledger import CRITIC, POLICY, REWARD_MODEL, SwapReport
 from qerl_rl.start_up import collector_paused
 from transfer_dock import Batch, Jagged, SampleKey, TransferDock
@@ -45,6 +46,11 @@ class ActorHybridWorker:
     def __init__(self, config: dict[str, Any], rank: int, world_size: int) -> None:
         self.config = from_dict(config)
         self.rank, self.world_size = rank, world_size
+        self.profiler = StageProfiler(self.config, rank)
+
+    def begin_step(self, step: int) -> None:
+        """What comes next is done in `step` of the loop, for profiler.steps; what is told a step says so by itself."""
+        self.profiler.step = step
 
     def reserve_address(self) -> tuple[str, int]:
         """Address and free port of this worker's node, for rank 0 to be the rendezvous of all."""
@@ -54,26 +60,39 @@ class ActorHybridWorker:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, address: str, port: int) -> dict[str, Any]:
-        """Load the engines that the run needs; returns this rank's place in the layouts, and how the rollout runs."""
+    def node(self) -> str:
+        """The machine of this worker, as Ray names it."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
+    def start(self, address: str, port: int, local_rank: int | None = None) -> dict[str, Any]:
+        """Load the engines that the run needs; returns this rank's place in the layouts, and how the rollout runs.
+
+        local_rank: which of the workers, and cards, of its machine this is (None: its rank, there is one machine).
+        """
         with collector_paused():
-            self._start(address, port)
+            self._start(address, port, self.rank if local_rank is None else local_rank)
         return {
             "train_data_rank": self.train.data_parallel_rank,
             "rollout_data_rank": self.rank // self.config.rollout.tensor_parallel,
             "rollout_engine": f"{self.rollout.description}; {self._base}" if self.config.has_rollout_engine else "",
         }
 
-    def _start(self, address: str, port: int) -> None:
-        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(self.rank), LOCAL_RANK=str(self.rank))
+    def _start(self, address: str, port: int, local_rank: int) -> None:
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(self.rank), LOCAL_RANK=str(local_rank))
         os.environ.update(WORLD_SIZE=str(self.world_size), LOCAL_WORLD_SIZE=str(self.world_size))
 
         from qerl_rl.platform import detect, prepare_megatron
+        from qerl_rl.platform.determinism import compute_deterministically
 
         device = detect(self.config.train.device)
-        prepare_megatron(device)
+        device.select(local_rank)
+        prepare_megatron(device, self.config)
         import torch
 
+        if self.config.run.deterministic:
+            compute_deterministically()
         torch.distributed.init_process_group(device.collective_backend, rank=self.rank, world_size=self.world_size)
         self.train, beside = self._load_models()
         if self.config.has_rollout_engine:
@@ -81,6 +100,11 @@ class ActorHybridWorker:
         seed_global_generators(self.config.run.seed, self.rank)
 
     def _start_rollout(self, beside: Mapping[str, ModelEngine]) -> None:
+        from qerl_rl.platform import detect
+        from qerl_rl.rollout.environment import ask_for_batch_invariance
+
+        if self.config.run.deterministic:
+            ask_for_batch_invariance(detect(self.config.train.device).name)
         # Importing vLLM takes seconds, which a run without a rollout is spared.
         from qerl_rl.reshard.shared_base import share_base
         from qerl_rl.reshard.swap import Swap
@@ -132,12 +156,16 @@ class ActorHybridWorker:
 
     def swap_to_rollout(self, step: int) -> SwapReport:
         """Serve the newest policy, with the noise of `step`."""
-        return self.swap.to_rollout(step)
+        self.begin_step(step)
+        with self.profiler.stage("swap_to_rollout"):
+            return self.swap.to_rollout(step)
 
+    @stage("swap_to_train")
     def swap_to_train(self, model: str = POLICY) -> SwapReport:
         """Give the card to the trainer: of the policy, or of `critic` or `reward_model`."""
         return self.swap.to_train(model)
 
+    @stage("swap_to_rollout")
     def publish(self, step: int) -> SwapReport:
         """Serve the newest policy, to sample for `step`, while this rank goes on training.
 
@@ -145,6 +173,7 @@ class ActorHybridWorker:
         """
         return self.swap.publish(step)
 
+    @stage("rollout")
     def generate(self, dock: TransferDock, prompts: Batch | None, quota: int | None = None) -> dict[str, Any]:
         """Answer the prompts of this data-parallel rank's lease (None: no prompts), writing each group when it is done.
 
@@ -214,9 +243,11 @@ class ActorHybridWorker:
         """
         samples, bypass = to_samples(batch), self.config.rollout_correction.bypass_mode
         noise = self.swap.noise_of(step if self.config.noise.log_probs == "noisy" else 0)
-        old = None if bypass else self.train.log_probs(samples, noise=noise)
-        clean = self.train.log_probs(samples) if noise.sigma and not bypass else old
-        reference = self.train.log_probs(samples, reference=True) if self.config.has_reference else None
+        with self.profiler.stage("old_log_probs"):
+            old = None if bypass else self.train.log_probs(samples, noise=noise)
+            clean = self.train.log_probs(samples) if noise.sigma and not bypass else old
+        with self.profiler.stage("reference_log_probs"):
+            reference = self.train.log_probs(samples, reference=True) if self.config.has_reference else None
         if not self.train.is_output_rank:
             return {}
         from qerl_rl.algorithms.mismatch import noise_mismatch
@@ -238,18 +269,21 @@ class ActorHybridWorker:
             metrics |= noise_mismatch(old_rows, clean.log_probs) if noise.sigma else {}
         return metrics
 
+    @stage("reward")
     def model_scores(self, dock: TransferDock, batch: Batch) -> None:
         """The reward model's score of each of this rank's samples into the dock; it must have the card."""
         scores = self.reward_model.scores(to_samples(batch))
         if scores is not None:
             dock.put({"model_scores": scores}, batch.keys)
 
+    @stage("values")
     def values(self, dock: TransferDock, batch: Batch) -> None:
         """The critic's values of this rank's samples, one a response token, into the dock; it must have the card."""
         values = self.critic.values(to_samples(batch))
         if values is not None:
             dock.put({"values": Jagged.from_rows(values)}, batch.keys)
 
+    @stage("critic_update")
     def update_critic(self, batches: Sequence[Batch]) -> list[dict[str, float]]:
         """One optimizer update of the critic for each mini-batch share; the metrics of each, equal on all ranks."""
         from qerl_rl.algorithms.ppo import value_loss
@@ -260,6 +294,7 @@ class ActorHybridWorker:
             for batch in batches
         ]
 
+    @stage("reference_log_probs")
     def reference_log_probs(self, dock: TransferDock, batch: Batch) -> None:
         """Log-probs of this rank's responses by the model that training began with, into the dock."""
         reference = self.train.log_probs(to_samples(batch), reference=True)
@@ -297,10 +332,8 @@ class ActorHybridWorker:
         loss_function: LossFunction,
         aggregation: str,
     ) -> list[dict[str, float]]:
-        from qerl_rl.metrics.profile import profiled
-
-        record = self.rank == 0 and step == self.config.profiler.step
-        with profiled(Path(self.config.run.output_dir) / "profile" if record else None):
+        self.begin_step(step)
+        with self.profiler.stage("update"):
             return [
                 self.train.update(to_samples(batch, columns), loss_function, aggregation=aggregation)
                 for batch in batches

@@ -15,6 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qerl_rl.config.schema import Config
+from qerl_rl.platform.determinism import deterministic_variables
 from workers.actor_hybrid import ActorHybridWorker
 from workers.reward import RewardWorker
 
@@ -111,7 +112,8 @@ class WorkerGroup:
         self.reward = ray.remote(RewardWorker).options(**options).remote(values)
         timeout_s = self.config.fault.start_timeout_s
         address, port = self.call_one(0, "reserve_address").wait(timeout_s=timeout_s)[0]
-        self.places = self.call("start", address, port).wait(timeout_s=timeout_s)
+        places = local_ranks(self.call("node").wait(timeout_s=timeout_s))
+        self.places = self.call_each("start", [(address, port, place) for place in places]).wait(timeout_s=timeout_s)
 
     def _options(self, bundle: int, cpus: float, environment: dict[str, str]) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle)
@@ -149,6 +151,11 @@ class WorkerGroup:
             self._placement = None
 
 
+def local_ranks(nodes: Sequence[str]) -> list[int]:
+    """Of each rank, its number among the ranks of its machine: which card is its own."""
+    return [nodes[:rank].count(node) for rank, node in enumerate(nodes)]
+
+
 def with_absolute_paths(config: Config) -> Config:
     """The configuration for a process whose working folder may be another."""
 
@@ -172,4 +179,6 @@ def worker_environment(config: Config) -> dict[str, str]:
     if not config.cluster.address:
         # One machine: the loopback interface is always there, whatever its host name resolves to.
         fixed["GLOO_SOCKET_IFNAME"] = "lo"
+    if config.run.deterministic:
+        fixed |= deterministic_variables(config.train.device)
     return fixed | config.cluster.environment

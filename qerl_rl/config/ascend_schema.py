@@ -36,6 +36,9 @@ class AscendConfig:
     """Scatter tokens over the tensor-parallel ranks between layers (FlashComm1); for large batches."""
     fused_mc2: int = 0
     """Fuse experts with their dispatch (Atlas A3): 0 no, 1 dispatch_ffn_combine, 2 dispatch_gmm_combine_decode."""
+    fused_int4_decode: bool = False
+    """Compute W4A16 experts of steps of up to 64 rows (tokens times experts a token) in one Triton kernel instead of
+    three operators. No card has measured yet what that gains; other formats are not changed by it."""
     hierarchical_mc2: bool = False
     """Let MC2 exchange tokens inside each machine first, then between machines."""
     overlap_shared_experts: bool = False

@@ -5,10 +5,31 @@ from __future__ import annotations
 CHOICES: dict[str, tuple[str | int, ...]] = {
     "cluster.placement": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
     "model.share_base": ("auto", "never"),
-    "train.device": ("auto", "cpu", "cuda", "npu"),
+    "model.provider": ("megatron", "mindspeed_llm"),
+    "train.device": ("auto", "cpu", "cuda", "npu", "npu-sim"),
     "train.dtype": ("float32", "bfloat16"),
-    "train.token_dispatcher": ("alltoall", "allgather"),
+    "train.token_dispatcher": ("alltoall", "allgather", "alltoall_seq"),
+    "train.router_load_balancing": (
+        "auto",
+        "none",
+        "aux_loss",
+        "softmax_topk",
+        "sinkhorn",
+        "group_limited_greedy",
+        "sparsemixer_topk",
+    ),
     "train.recompute": ("none", "full", "selective"),
+    "train.recompute_method": ("uniform", "block"),
+    "train.mindspeed.optimizer_selection": ("fused_adamw", "fused_torch_adamw", "fused_ema_adamw"),
+    "train.mindspeed.moe_zero_memory": ("disable", "level0", "level1"),
+    "train.mindspeed.context_parallel_algo": (
+        "megatron_cp_algo",
+        "ulysses_cp_algo",
+        "hybrid_cp_algo",
+        "hybrid_adaptive_cp_algo",
+        "adaptive_cp_algo",
+        "kvallgather_cp_algo",
+    ),
     "rollout.dtype": ("float32", "bfloat16"),
     "rollout.kv_cache_dtype": ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8"),
     "rollout.ascend.card": ("auto", "a2", "a3"),
@@ -31,6 +52,13 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "algorithm.kl_in": ("loss", "reward"),
     "reward_model.backend": ("hf", "megatron"),
     "rollout_correction.rollout_is": ("none", "token", "sequence"),
+    "profiler.kind": ("torch", "msprof"),
+    "profiler.level": ("none", "level0", "level1", "level2"),
+    "profiler.aic_metrics": (
+        *("none", "pipe_utilization", "arithmetic_utilization", "memory", "memory_l0", "memory_ub"),
+        *("resource_conflict_ratio", "l2_cache", "memory_access"),
+    ),
+    "profiler.export": ("text", "db"),
     "track.console": ("auto", "lines", "quiet"),
 }
 
@@ -38,6 +66,7 @@ AT_LEAST = {
     1: """algorithm.kl_horizon algorithm.sampling_rounds
     run.steps cluster.workers cluster.threads_per_worker model.max_length train.tensor_parallel
     train.pipeline_parallel train.expert_parallel train.expert_tensor_parallel train.micro_batch_tokens
+    train.recompute_layers train.mindspeed.context_parallel_size
     rollout.tensor_parallel rollout.data_parallel rollout.max_sequences rollout.max_batched_tokens
     rollout.kv_cache_bytes rollout.kv_block_tokens rollout.carry_max_age
     rollout.ascend.eplb_collection_steps rollout.ascend.eplb_algorithm_steps
@@ -47,14 +76,16 @@ AT_LEAST = {
     eval.prompts track.samples_per_step algorithm.samples_per_prompt""",
     2: "noise.stages",
     1024: "swap.bucket_bytes",
-    0: """dpo.flip_probability critic.learning_rate critic.warmup_steps critic.head_start_steps reward_model.max_length
+    0: """train.mindspeed.optimization_level train.mindspeed.moe_zero_memory_num_layers
+    dpo.flip_probability critic.learning_rate critic.warmup_steps critic.head_start_steps reward_model.max_length
     reward.memory_bytes data.max_prompt_tokens
     lora.rank cluster.cpus_per_worker train.learning_rate train.warmup_steps train.weight_decay train.max_grad_norm
     rollout.ascend.max_capture_size rollout.ascend.eplb_redundant_experts
     rollout.top_k noise.sigma_start noise.sigma_end algorithm.clip_low algorithm.clip_high algorithm.kl_coefficient
     algorithm.entropy_coefficient algorithm.loss_constant_tokens algorithm.kl_target algorithm.overlong_buffer_tokens
     algorithm.overlong_penalty rollout.carry_prompts algorithm.discount data.limit checkpoint.every eval.every
-    profiler.step swap.canary_tolerance""",
+    swap.canary_tolerance train.router_aux_loss_coefficient train.router_num_groups
+    train.router_group_topk""",
 }
 
 POSITIVE = """eval.temperature critic.value_clip dpo.beta

@@ -11,6 +11,9 @@ from typing import Any
 from qerl_rl.config.bounds import AT_LEAST, CHOICES, POSITIVE
 from qerl_rl.config.correction_checks import Fault, correction_fault
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.config.mindspeed_checks import mindspeed_fault
+from qerl_rl.config.profiler_checks import profiler_fault
+from qerl_rl.config.router_checks import router_fault
 from qerl_rl.config.schema import Config
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "mse")
@@ -41,6 +44,9 @@ def _check_values(config: Config) -> Fault:
     for key in POSITIVE.split():
         if _get(config, key) <= 0:
             return key, f"{key}={_get(config, key)} is not positive.", f"set {key} above 0"
+    if not 0 <= config.rollout.min_p <= 1:
+        key = "rollout.min_p"
+        return key, f"{key}={config.rollout.min_p} is no probability.", f"set {key} from 0 to 1"
     if not 0 < config.rollout.top_p <= 1:
         key = "rollout.top_p"
         return key, f"{key}={config.rollout.top_p} is no probability.", f"set {key} above 0 and up to 1"
@@ -64,6 +70,18 @@ def _check_train_layout(config: Config) -> Fault:
         problem = f"{key}={expert} x train.expert_tensor_parallel={train.expert_tensor_parallel} does not divide"
         fix = f"set {key} to a divisor of {ranks_per_stage // train.expert_tensor_parallel}"
         return key, f"{problem} the {ranks_per_stage} ranks of a pipeline stage.", fix
+    for key, default in (("train.recompute_method", "uniform"), ("train.recompute_layers", 1)):
+        if train.recompute != "full" and _get(config, key) != default:
+            problem = f"{key}={_get(config, key)}, but train.recompute={train.recompute} does not ask for it."
+            return key, problem, f"set train.recompute to full, or leave {key} out"
+    if train.layers_per_stage and not re.fullmatch(r"[1-9]\d*(, *[1-9]\d*)*", train.layers_per_stage):
+        key = "train.layers_per_stage"
+        fix = f"write {pipeline} numbers above 0 with commas between them, those of the model's layers together"
+        return key, f"{key}={train.layers_per_stage} are no numbers of layers.", fix
+    if train.layers_per_stage and len(train.stage_layers) != pipeline:
+        key = "train.layers_per_stage"
+        problem = f"{key}={train.layers_per_stage} are {len(train.stage_layers)} stages, train.pipeline_parallel is"
+        return key, f"{problem} {pipeline}.", f"set train.pipeline_parallel to {len(train.stage_layers)}"
     if tensor > 1 and not train.sequence_parallel:
         key = "train.sequence_parallel"
         problem = f"train.tensor_parallel={tensor} without sequence parallelism: Megatron trains no MoE that way."
@@ -344,6 +362,8 @@ def _check_data(config: Config) -> Fault:
 CHECKS = (
     _check_values,
     _check_train_layout,
+    router_fault,
+    mindspeed_fault,
     _check_rollout_layout,
     _check_rollouts,
     _check_correction,
@@ -360,4 +380,5 @@ CHECKS = (
     _check_paths,
     _check_reward,
     _check_data,
+    profiler_fault,
 )

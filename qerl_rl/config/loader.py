@@ -7,7 +7,7 @@ import difflib
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -207,9 +207,11 @@ def _value(hint: Any, value: Any, name: str, locate: KeyLocations) -> Any:
         if hint == dict[str, str]:
             return {str(key): str(item) for key, item in value.items()}
         return {str(key): _value(float, item, f"{name}.{key}", locate) for key, item in value.items()}
-    if hint == list[int]:
-        if not isinstance(value, list) or any(type(item) is not int for item in value):
-            problem, fix = f"{name}={value!r} is no list of whole numbers.", f"write {name} as [1, 2, 4]"
+    if hint in (list[int], list[str]):
+        [kind] = get_args(hint)
+        if not isinstance(value, list) or any(type(item) is not kind for item in value):
+            items, example = {int: ("whole numbers", "[1, 2, 4]"), str: ("names", "[one, another]")}[kind]
+            problem, fix = f"{name}={value!r} is no list of {items}.", f"write {name} as {example}"
             raise ConfigError(problem, fix=fix, where=locate(name))
         return value
     if hint is float and type(value) is int:

@@ -17,6 +17,9 @@ from qerl_rl.config.learning_schema import (
     RewardModelConfig,
     RolloutCorrectionConfig,
 )
+from qerl_rl.config.mindspeed_schema import MindSpeedConfig
+from qerl_rl.config.profiler_schema import ProfilerConfig
+from qerl_rl.config.router_schema import RouterConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class RunConfig:
     output_dir: str = "outputs/run"
     seed: int = 1
     steps: int = 10
+    deterministic: bool = False
+    """Repeat a run bit for bit on the same devices, with operators and collectives that do (docs/determinism.md)."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,18 @@ class ModelConfig:
     """Folder with the HF config, the tokenizer and the (quantized) safetensors."""
     max_length: int = 512
     """Tokens of prompt and response together."""
+    provider: str = "megatron"
+    """Whose patches Megatron's model gets on NPUs: megatron (MindSpeed's own) or mindspeed_llm (MindSpeed-LLM's)."""
     share_base: str = "auto"
     """auto (a process stores frozen weights once where both engines can read one layout of them) or never."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RouterConfig):
     """The Megatron engine. Parallel sizes multiply as in Megatron: workers = tensor x pipeline x data."""
 
     device: str = "auto"
-    """auto, cpu, cuda or npu."""
+    """auto, cpu, cuda, npu, or npu-sim (torch_npu on this machine's CPU: docs/simulated_npu.md)."""
     dtype: str = "float32"
     """float32 or bfloat16: the type of activations and of weights that are not quantized."""
     tensor_parallel: int = 1
@@ -71,10 +78,15 @@ class TrainConfig:
     expert_tensor_parallel: int = 1
     sequence_parallel: bool = True
     """Splits activations along the sequence where tensor_parallel > 1 (Megatron demands it for MoE)."""
+    layers_per_stage: str = ""
+    """Layers of each pipeline stage, N,N,..., where not all are alike; only the first and the last may differ."""
     token_dispatcher: str = "alltoall"
-    """alltoall or allgather."""
+    """alltoall, allgather or alltoall_seq (docs/routing.md): how tokens reach the ranks of their experts."""
     recompute: str = "none"
     """none, full (every layer again in backward) or selective (attention and experts)."""
+    recompute_method: str = "uniform"
+    """With full: uniform (all layers, recompute_layers of them from one stored input) or block (only that many)."""
+    recompute_layers: int = 1
     micro_batch_tokens: int = 2048
     """Tokens packed into one micro-batch of a rank (a single longer sample still makes one)."""
     learning_rate: float = 1e-4
@@ -85,6 +97,12 @@ class TrainConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0
+    mindspeed: MindSpeedConfig = field(default_factory=MindSpeedConfig)
+
+    @property
+    def stage_layers(self) -> tuple[int, ...]:
+        """layers_per_stage as numbers; none where all stages are alike."""
+        return tuple(int(count) for count in self.layers_per_stage.split(",") if count.strip().isdecimal())
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,8 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps every token."""
+    min_p: float = 0.0
+    """Tokens with less than this share of the likeliest one's probability are left out; 0 keeps every token."""
     max_prompt_tokens: int = 128
     max_response_tokens: int = 128
     carry_prompts: int = 0
@@ -293,14 +313,6 @@ class TrackConfig:
     samples_per_step: int = 8
     console: str = "auto"
     """auto (live display on a terminal, lines otherwise), lines or quiet."""
-
-
-@dataclass(frozen=True)
-class ProfilerConfig:
-    """torch.profiler around one step's update on rank 0; a Chrome trace in run.output_dir/profile."""
-
-    step: int = 0
-    """The step to record, counted from 1; 0 records none."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from qerl_rl.doctor.findings import GOOD, MISSING, PLATFORMS, Finding, examine, installed_platform
+from qerl_rl.doctor.findings import GOOD, MISSING, PLATFORMS, PROVIDERS, Finding, examine, installed_platform
 from qerl_rl.doctor.machine import Machine
 
 DESCRIPTION = "What this machine has of what a platform needs. Exit code 0: all of it; 1: something is missing."
@@ -19,6 +19,9 @@ def add_doctor(commands: Any) -> None:
     )
     help = "default: npu where torch-npu or an Ascend card is, else cpu"
     parser.add_argument("--for", dest="platform", choices=PLATFORMS, default="", help=help)
+    parser.add_argument(
+        "--provider", choices=PROVIDERS, default="megatron", help="what model.provider is to be, on an NPU"
+    )
     parser.set_defaults(run=run)
 
 
@@ -26,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     """Show the table; returns the exit code."""
     machine = Machine.here()
     platform = options.platform or installed_platform(machine)
-    findings = examine(machine, platform)
+    findings = examine(machine, platform, options.provider)
     show(findings, platform)
     return int(any(finding.status == MISSING for finding in findings))
 

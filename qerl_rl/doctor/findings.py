@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qerl_rl.doctor.machine import Machine
+from qerl_rl.doctor.machine import TOOLS, Machine
 
 PYTHON = "3.11"
 PINS: dict[str, dict[str, str]] = {
@@ -22,7 +22,9 @@ PINS: dict[str, dict[str, str]] = {
 """The extras of pyproject.toml."""
 WITHOUT_DEPENDENCIES = {"megatron-core": "0.12.1"}
 """Of requirements-no-deps.txt, what a run needs."""
-PLATFORMS = tuple(PINS)
+SIMULATED = "npu-sim"
+"""The platform cpu, and what it takes to simulate an NPU on it."""
+PLATFORMS = (*PINS, SIMULATED)
 TOOLKIT = (8, 3)
 """The oldest CANN toolkit."""
 NETWORK_VARIABLES = ("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
@@ -30,16 +32,28 @@ SHARED_MEMORY_BYTES = 1 << 30
 """What the dock's arenas take, by default (dock.capacity_bytes)."""
 _GIB = 1 << 30
 _EXTENSIONS = ("torchvision", "torchaudio", "torchcodec")
-_CHECKOUTS = {
+CHECKOUTS = {
     "mindspeed": (
         "MindSpeed",
-        "git clone -b core_r0.12.1 https://github.com/Ascend/MindSpeed; pip install -e MindSpeed",
+        "2.3.0_core_r0.12.1",
+        "git clone -b 2.3.0_core_r0.12.1 https://github.com/Ascend/MindSpeed; pip install -e MindSpeed",
     ),
-    "mindspeed_llm": ("MindSpeed-LLM", "git clone https://github.com/Ascend/MindSpeed-LLM, and put it in PYTHONPATH"),
-    "mindspeed_rl": ("MindSpeed-RL", "git clone https://github.com/Ascend/MindSpeed-RL"),
+    "mindspeed_llm": (
+        "MindSpeed-LLM",
+        "2.3.0",
+        "git clone -b 2.3.0 https://github.com/Ascend/MindSpeed-LLM, and put it in PYTHONPATH",
+    ),
+    "megatron.training": (
+        "Megatron-LM",
+        "core_v0.12.1",
+        "git clone -b core_v0.12.1 https://github.com/NVIDIA/Megatron-LM, and put it in PYTHONPATH",
+    ),
+    "mindspeed_rl": ("MindSpeed-RL", "", "git clone https://github.com/Ascend/MindSpeed-RL"),
 }
-_NEEDED_CHECKOUTS = ("mindspeed",)
-"""MindSpeed-LLM and MindSpeed-RL are no part of a run: only their models and launch files may be of use."""
+"""By what is imported: what it is called, the branch that was tried, and how to get it. MindSpeed's branches from 26 on
+need Megatron-LM's checkout as well."""
+PROVIDERS = {"megatron": ("mindspeed",), "mindspeed_llm": ("mindspeed", "mindspeed_llm", "megatron.training")}
+"""Which of them a model.provider needs. MindSpeed-RL is no part of a run: only its launch files may be of use."""
 
 GOOD, NOTE, MISSING = "ok", "note", "missing"
 
@@ -55,11 +69,16 @@ class Finding:
     advice: str = ""
 
 
-def examine(machine: Machine, platform: str) -> list[Finding]:
-    """Everything that `platform` (cpu or npu) needs, in the order in which it would be installed."""
+def examine(machine: Machine, platform: str, provider: str = "megatron") -> list[Finding]:
+    """Everything that `platform` (one of PLATFORMS) needs, in the order in which it would be installed.
+
+    provider: what model.provider is to be, on an NPU.
+    """
+    if platform == SIMULATED:
+        return [*examine(machine, "cpu"), *_tools(machine)]
     findings = [_python(machine), *_packages(machine, platform), *_shadows(machine, platform)]
     if platform == "npu":
-        findings += [*_checkouts(machine), _toolkit(machine), _cards(machine)]
+        findings += [*_checkouts(machine, provider), _toolkit(machine), _cards(machine)]
     else:
         findings += [*_extensions(machine), _amx(machine)]
     return [*findings, *_network(machine), *_sizes(machine)]
@@ -102,17 +121,22 @@ def _shadows(machine: Machine, platform: str) -> Iterator[Finding]:
             yield Finding(f"import of {name}", "the installed one", hidden, MISSING, advice)
 
 
-def _checkouts(machine: Machine) -> Iterator[Finding]:
-    for module, (name, advice) in _CHECKOUTS.items():
-        found, needed = machine.checkouts(module), module in _NEEDED_CHECKOUTS
-        wanted = "core_r0.12.1" if needed else "optional"
+def _checkouts(machine: Machine, provider: str) -> Iterator[Finding]:
+    for module, (name, branch, advice) in CHECKOUTS.items():
+        found, needed = machine.checkouts(module), module in PROVIDERS[provider]
+        wanted = branch if needed else "optional"
         if found is None:
             yield Finding(name, wanted, "not importable", MISSING if needed else NOTE, advice)
             continue
         folder, version = found
-        fits = not needed or "0.12.1" in version
-        advice = "" if fits else f"git checkout core_r0.12.1 in {folder}, unless this is a commit of it"
+        fits = not needed or _is_of(branch, version)
+        advice = "" if fits else f"git checkout {branch} in {folder}, unless this is a commit of it"
         yield Finding(name, wanted, f"{version} in {folder}", GOOD if fits else NOTE, advice)
+
+
+def _is_of(branch: str, version: str) -> bool:
+    """Whether that may be a version of what the branch is for: its core's, where it names one, else its own."""
+    return branch.rpartition("_")[2].lstrip("rv") in version
 
 
 def _toolkit(machine: Machine) -> Finding:
@@ -139,6 +163,14 @@ def _extensions(machine: Machine) -> Iterator[Finding]:
         found = machine.versions(name)
         if found and "+cpu" in torch and "+cpu" not in found:
             yield Finding(name, "none, or a CPU build", found, MISSING, f"pip uninstall {name}")
+
+
+def _tools(machine: Machine) -> Iterator[Finding]:
+    """The wheel of torch-npu is fetched by the first run, which says so where it can't."""
+    for tool in TOOLS:
+        there = tool in machine.tools
+        advice = "" if there else f"install {'gcc' if tool == 'gcc' else 'binutils'}: stubs of CANN are built with it"
+        yield Finding(tool, "in PATH", "there" if there else "not found", GOOD if there else MISSING, advice)
 
 
 def _amx(machine: Machine) -> Finding:

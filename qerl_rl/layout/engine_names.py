@@ -12,9 +12,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
 from qerl_rl.layout.holdings import FullTensor
-from qerl_rl.layout.tensors import Adapters, Architecture, Entry, Tensors, entries
+from qerl_rl.layout.tensors import Adapters, Entry, Tensors, entries
 
 WHOLE, SHARES, HEADS, VOCABULARY = "whole", "shares", "heads", "vocabulary"
 """How a tensor is split over tensor-parallel ranks: not at all, into equal shares, into heads (where there are fewer
@@ -29,6 +30,9 @@ _SPLITS = {
 
 _ROW_PARALLEL = ("o_proj", "down_proj", "w2")
 """Whose columns are."""
+
+_ON_EVERY_RANK = ("q_a_proj", "kv_a_proj_with_mqa")
+"""Whose adapters are column parallel in the trainer and whole in the engine."""
 
 _FUSED = (
     ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -62,7 +66,7 @@ class Local:
     segments: tuple[Segment, ...]
 
 
-def engine_locals(architecture: Architecture, tensors: Tensors) -> list[Local]:
+def engine_locals(architecture: MoeArchitecture, tensors: Tensors) -> list[Local]:
     """The engine's tensors, in the order of the model.
 
     Raises: ConfigError for weights of different formats in one tensor.
@@ -124,7 +128,7 @@ def _adapter(entry: Entry) -> Segment:
     module, matrix = name.split(".")[-2:]
     if module in _ROW_PARALLEL:
         return _columns(entry)
-    if matrix == "lora_A":
+    if matrix == "lora_A" or module in _ON_EVERY_RANK:
         return Segment(tensor, WHOLE, last)
     if kind:
         return Segment(tensor, SHARES if kind == "q" else HEADS, 0)

@@ -6,92 +6,49 @@ it consists of). Loading, export and the adapter exchange all read this one tabl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import Block, ParallelSizes
-from qerl_rl.quant.formats import Part
+from qerl_rl.layout.latent_slots import latent_attention_adapters, latent_attention_slots
+from qerl_rl.layout.slot import FIRST_STAGE, Piece, Slot, find_tensor
 
-FIRST_STAGE = -1
-"""The `layer` of what lies before the layers; `architecture.layers` is the one of what follows them."""
+__all__ = ["FIRST_STAGE", "Piece", "Slot", "adapter_slots", "find_tensor", "trained_slots", "weight_slots"]
 
 SCORE = "score.weight"
 """HF name of a value head, [1, hidden]."""
 
+ROUTER_BIAS = "gate.e_score_correction_bias"
+"""HF name, inside the MoE block, of what is added to the experts' scores in the choice."""
+
 LANGUAGE_MODEL, VALUE = "language_model", "value"
 """What the output layer of a model gives for each token: logits over the vocabulary, or one number."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A named tensor [shape]: `index` into the block gives its elements, in order."""
-
-    name: str
-    shape: tuple[int, ...]
-    index: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One Megatron tensor. `name` is relative to its layer, or to the model outside of layers."""
-
-    layer: int
-    name: str
-    block: Block
-    pieces: tuple[Piece, ...]
-    quantizable: bool = False
-    exported: bool = True
-    optional: bool = False
-    """A checkpoint may lack it; the tensor then keeps its first value."""
-    dtype: torch.dtype | None = None
-    """Where it is not the type of the other weights."""
-
-    def part(self, part: Part) -> Slot:
-        """The slot of one part of this weight's format; its pieces keep the names of the weights.
-
-        Raises: ValueError when rows can't be cut into the part.
-        """
-        columns = len(self.block.shape) - 1
-        split_dim = None if part.columns == 0 and self.block.split_dim == columns else self.block.split_dim
-        block = replace(self.block, shape=part.shape(self.block.shape), split_dim=split_dim)
-        # A stack has three pieces an expert, of two shapes.
-        shapes = {shape: part.shape(shape) for shape in {piece.shape for piece in self.pieces}}
-        pieces = tuple(Piece(piece.name, shapes[piece.shape], piece.index) for piece in self.pieces)
-        return replace(self, name=self.name + part.suffix, block=block, pieces=pieces)
-
-    def stage(self, layers: int, sizes: ParallelSizes) -> int:
-        """The pipeline stage that holds it."""
-        return min(max(self.layer, 0) // (layers // sizes.pipeline), sizes.pipeline - 1)
-
-    def module_path(self, layers: int, sizes: ParallelSizes) -> str:
-        """Dotted name of the tensor in the model of its stage."""
-        if not 0 <= self.layer < layers:
-            return self.name
-        return f"decoder.layers.{self.layer % (layers // sizes.pipeline)}.{self.name}"
-
-
-def find_tensor(model: torch.nn.Module, path: str) -> torch.Tensor:
-    """The parameter or buffer with this dotted name."""
-    module, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(module), name)
 
 
 def weight_slots(architecture: MoeArchitecture, sizes: ParallelSizes, head: str = LANGUAGE_MODEL) -> list[Slot]:
     """Slots of all weights of a model with this head, in the order of the model."""
     slots = [_embedding(architecture, sizes)]
     for layer in range(architecture.layers):
+        prefix = f"model.layers.{layer}."
+        slots += _norm(layer, "input_layernorm", f"{prefix}input_layernorm", architecture)
         slots += _attention_slots(architecture, layer)
-        slots += _expert_slots(architecture, layer)
-        slots += _shared_expert_slots(architecture, layer)
-    slots.append(_whole(architecture.layers, "decoder.final_layernorm.weight", "model.norm.weight", architecture))
+        slots += _norm(layer, "pre_mlp_layernorm", f"{prefix}post_attention_layernorm", architecture)
+        if architecture.has_experts(layer):
+            slots += _expert_slots(architecture, layer)
+            slots += _shared_expert_slots(architecture, layer)
+        else:
+            slots += _mlp_slots(architecture, layer, "mlp", f"{prefix}mlp", architecture.dense_width)
+    slots += _norm(architecture.layers, "decoder.final_layernorm", "model.norm", architecture)
     if head == VALUE:
         slots.append(value_head_slot(architecture))
     elif not architecture.tied_embeddings or sizes.pipeline > 1:
         slots.append(_output_layer(architecture, sizes))
+    if head == LANGUAGE_MODEL and architecture.output_bias:
+        bias = _vocabulary(architecture, sizes, "lm_head.bias")
+        slots.append(Slot(architecture.layers, "output_layer.bias", *bias))
     return slots
 
 
@@ -105,20 +62,29 @@ def _whole(layer: int, name: str, hf_name: str, architecture: MoeArchitecture, *
     return Slot(layer, name, Block(shape), (Piece(hf_name, shape),))
 
 
-def _vocabulary(architecture: MoeArchitecture, sizes: ParallelSizes, hf_name: str) -> tuple[Block, tuple[Piece, ...]]:
-    rows, hidden = architecture.vocabulary_size, architecture.hidden_size
-    block = Block((padded_vocabulary(architecture, sizes), hidden), split_dim=0)
-    return block, (Piece(hf_name, (rows, hidden), (slice(0, rows),)),)
+def _norm(layer: int, name: str, hf_name: str, architecture: MoeArchitecture) -> list[Slot]:
+    """The weight of a norm of hidden states, and its bias where it has one."""
+    parameters = ("weight", "bias") if architecture.centered_norms else ("weight",)
+    return [_whole(layer, f"{name}.{own}", f"{hf_name}.{own}", architecture) for own in parameters]
+
+
+def _vocabulary(
+    architecture: MoeArchitecture, sizes: ParallelSizes, hf_name: str, *columns: int
+) -> tuple[Block, tuple[Piece, ...]]:
+    rows = architecture.vocabulary_size
+    block = Block((padded_vocabulary(architecture, sizes), *columns), split_dim=0)
+    return block, (Piece(hf_name, (rows, *columns), (slice(0, rows),)),)
 
 
 def _embedding(architecture: MoeArchitecture, sizes: ParallelSizes) -> Slot:
-    block, pieces = _vocabulary(architecture, sizes, "model.embed_tokens.weight")
+    block, pieces = _vocabulary(architecture, sizes, "model.embed_tokens.weight", architecture.hidden_size)
     return Slot(FIRST_STAGE, "embedding.word_embeddings.weight", block, pieces)
 
 
 def _output_layer(architecture: MoeArchitecture, sizes: ParallelSizes) -> Slot:
     tied = architecture.tied_embeddings
-    block, pieces = _vocabulary(architecture, sizes, "model.embed_tokens.weight" if tied else "lm_head.weight")
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    block, pieces = _vocabulary(architecture, sizes, name, architecture.hidden_size)
     return Slot(architecture.layers, "output_layer.weight", block, pieces, exported=not tied)
 
 
@@ -145,18 +111,16 @@ def _qkv_block(architecture: MoeArchitecture, columns: tuple[int, ...]) -> Block
 
 
 def _attention_slots(architecture: MoeArchitecture, layer: int) -> list[Slot]:
-    prefix, hidden = f"model.layers.{layer}.", architecture.hidden_size
-    attention = f"{prefix}self_attn."
+    if architecture.latent:
+        return latent_attention_slots(architecture, architecture.latent, layer)
+    attention, hidden = f"model.layers.{layer}.self_attn.", architecture.hidden_size
 
     def linear_qkv(name: str, *columns: int) -> Slot:
         pieces = _qkv_pieces(architecture, attention, name, columns)
         block = _qkv_block(architecture, columns)
         return Slot(layer, f"self_attention.linear_qkv.{name}", block, pieces, quantizable=name == "weight")
 
-    slots = [
-        _whole(layer, "input_layernorm.weight", f"{prefix}input_layernorm.weight", architecture),
-        linear_qkv("weight", hidden),
-    ]
+    slots = [linear_qkv("weight", hidden)]
     if architecture.qkv_bias:
         slots.append(linear_qkv("bias"))
     if architecture.qk_norm:
@@ -166,8 +130,9 @@ def _attention_slots(architecture: MoeArchitecture, layer: int) -> list[Slot]:
     shape = (hidden, architecture.query_size)
     pieces = (Piece(f"{attention}o_proj.weight", shape),)
     slots.append(Slot(layer, "self_attention.linear_proj.weight", Block(shape, 1), pieces, quantizable=True))
-    post = f"{prefix}post_attention_layernorm.weight"
-    return [*slots, _whole(layer, "pre_mlp_layernorm.weight", post, architecture)]
+    if architecture.projection_bias:
+        slots.append(_whole(layer, "self_attention.linear_proj.bias", f"{attention}o_proj.bias", architecture))
+    return slots
 
 
 def _expert_slots(architecture: MoeArchitecture, layer: int) -> list[Slot]:
@@ -181,8 +146,12 @@ def _expert_slots(architecture: MoeArchitecture, layer: int) -> list[Slot]:
     ]
     w2 = [Piece(f"{prefix}experts.{expert}.{down}.weight", (hidden, width), (expert,)) for expert in range(experts)]
     w13_block, w2_block = _expert_blocks(architecture)
+    router = [_whole(layer, "mlp.router.weight", f"{prefix}gate.weight", architecture, experts, hidden)]
+    if architecture.routing.has_bias:
+        bias = _whole(layer, "mlp.router.expert_bias", f"{prefix}{ROUTER_BIAS}", architecture, experts)
+        router.append(replace(bias, dtype=torch.float32))
     return [
-        _whole(layer, "mlp.router.weight", f"{prefix}gate.weight", architecture, experts, hidden),
+        *router,
         Slot(layer, "mlp.experts.w13", w13_block, tuple(w13), quantizable=True),
         Slot(layer, "mlp.experts.w2", w2_block, tuple(w2), quantizable=True),
     ]
@@ -193,22 +162,29 @@ def _expert_blocks(architecture: MoeArchitecture) -> tuple[Block, Block]:
     return Block((experts, 2, width, hidden), 2, is_expert=True), Block((experts, hidden, width), 2, is_expert=True)
 
 
+def _mlp_slots(architecture: MoeArchitecture, layer: int, name: str, hf_name: str, width: int) -> list[Slot]:
+    """A gated MLP: Megatron's fc1 has the rows of gate, then those of up."""
+    hidden = architecture.hidden_size
+    gate_up = tuple(
+        Piece(f"{hf_name}.{leaf}.weight", (width, hidden), (row,)) for row, leaf in enumerate(("gate_proj", "up_proj"))
+    )
+    down = (Piece(f"{hf_name}.down_proj.weight", (hidden, width)),)
+    return [
+        Slot(layer, f"{name}.linear_fc1.weight", Block((2, width, hidden), 1), gate_up, quantizable=True),
+        Slot(layer, f"{name}.linear_fc2.weight", Block((hidden, width), 1), down, quantizable=True),
+    ]
+
+
 def _shared_expert_slots(architecture: MoeArchitecture, layer: int) -> list[Slot]:
-    width, hidden = architecture.shared_expert_width, architecture.hidden_size
+    width, name = architecture.shared_expert_width, "mlp.shared_experts"
     if not width:
         return []
-    prefix = f"model.layers.{layer}.{architecture.mlp_name}."
-    shared = f"{prefix}shared_expert."
-    gate_up = tuple(
-        Piece(f"{shared}{name}.weight", (width, hidden), (row,)) for row, name in enumerate(("gate_proj", "up_proj"))
-    )
-    down = (Piece(f"{shared}down_proj.weight", (hidden, width)),)
-    gate = f"{prefix}shared_expert_gate.weight"
-    return [
-        Slot(layer, "mlp.shared_experts.linear_fc1.weight", Block((2, width, hidden), 1), gate_up, quantizable=True),
-        Slot(layer, "mlp.shared_experts.linear_fc2.weight", Block((hidden, width), 1), down, quantizable=True),
-        _whole(layer, "mlp.shared_experts.gate_weight", gate, architecture, 1, hidden),
-    ]
+    shared = f"model.layers.{layer}.{architecture.mlp_name}.{architecture.names.shared_expert}"
+    slots = _mlp_slots(architecture, layer, name, shared, width)
+    if architecture.shared_expert_gate:
+        gate = f"{shared}_gate.weight"
+        slots.append(_whole(layer, f"{name}.gate_weight", gate, architecture, 1, architecture.hidden_size))
+    return slots
 
 
 def trained_slots(architecture: MoeArchitecture, lora: LoraConfig, head: str) -> list[Slot]:
@@ -220,42 +196,52 @@ def adapter_slots(architecture: MoeArchitecture, lora: LoraConfig) -> list[Slot]
     """Slots of all adapters; a piece is a tensor of the exchange format.
 
     The rows of a qkv_proj B come as three pieces named ...lora_B:q, :k and :v, which are concatenated in this order.
+    Dense layers have those of shared experts: of the MLP that every token passes.
     """
     slots = []
     for layer in range(architecture.layers):
         if lora.attention:
             slots += _attention_adapters(architecture, layer, lora.rank)
-        if lora.experts:
-            slots += _expert_adapters(architecture, layer, lora.rank)
-        if lora.shared_experts and architecture.shared_expert_width:
-            slots += _shared_expert_adapters(architecture, layer, lora.rank)
+        if architecture.has_experts(layer):
+            if lora.experts:
+                slots += _expert_adapters(architecture, layer, lora.rank)
+            if lora.shared_experts and architecture.shared_expert_width:
+                name, exchanged = "mlp.shared_experts", f"mlp.{architecture.names.shared_expert}"
+                slots += _mlp_adapters(
+                    architecture, layer, name, exchanged, architecture.shared_expert_width, lora.rank
+                )
+        elif lora.shared_experts:
+            slots += _mlp_adapters(architecture, layer, "mlp", "mlp", architecture.dense_width, lora.rank)
     return slots
 
 
 def _attention_adapters(architecture: MoeArchitecture, layer: int, rank: int) -> list[Slot]:
     prefix, hidden = f"model.layers.{layer}.self_attn.", architecture.hidden_size
-    megatron = "self_attention.linear_"
-    query = architecture.query_size
-    qkv_b = tuple(
-        replace(piece, name=f"{prefix}qkv_proj.lora_B:{kind}")
-        for kind, piece in zip("qkv", _qkv_pieces(architecture, "", "", (rank,)), strict=True)
-    )
+    name, outputs = "self_attention.linear_", architecture.attention_output_size
+    if architecture.latent:
+        slots = latent_attention_adapters(architecture, architecture.latent, layer, rank)
+    else:
+        qkv_b = tuple(
+            replace(piece, name=f"{prefix}qkv_proj.lora_B:{kind}")
+            for kind, piece in zip("qkv", _qkv_pieces(architecture, "", "", (rank,)), strict=True)
+        )
+        slots = [
+            _whole(layer, f"{name}qkv.weight_lora_A", f"{prefix}qkv_proj.lora_A", architecture, rank, hidden),
+            Slot(layer, f"{name}qkv.weight_lora_B", _qkv_block(architecture, (rank,)), qkv_b),
+        ]
+    proj_a = Piece(f"{prefix}o_proj.lora_A", (rank, outputs))
     return [
-        _whole(layer, f"{megatron}qkv.weight_lora_A", f"{prefix}qkv_proj.lora_A", architecture, rank, hidden),
-        Slot(layer, f"{megatron}qkv.weight_lora_B", _qkv_block(architecture, (rank,)), qkv_b),
-        Slot(
-            layer,
-            f"{megatron}proj.weight_lora_A",
-            Block((rank, query), 1),
-            (Piece(f"{prefix}o_proj.lora_A", (rank, query)),),
-        ),
-        _whole(layer, f"{megatron}proj.weight_lora_B", f"{prefix}o_proj.lora_B", architecture, hidden, rank),
+        *slots,
+        Slot(layer, f"{name}proj.weight_lora_A", Block(proj_a.shape, 1), (proj_a,)),
+        _whole(layer, f"{name}proj.weight_lora_B", f"{prefix}o_proj.lora_B", architecture, hidden, rank),
     ]
 
 
-def _shared_expert_adapters(architecture: MoeArchitecture, layer: int, rank: int) -> list[Slot]:
-    prefix, megatron = f"model.layers.{layer}.mlp.shared_expert.", "mlp.shared_experts.linear_"
-    width, hidden = architecture.shared_expert_width, architecture.hidden_size
+def _mlp_adapters(
+    architecture: MoeArchitecture, layer: int, name: str, exchanged: str, width: int, rank: int
+) -> list[Slot]:
+    """Of a gated MLP. exchanged: what the exchange format names it inside a layer."""
+    prefix, megatron, hidden = f"model.layers.{layer}.{exchanged}.", f"{name}.linear_", architecture.hidden_size
     gate_up_b = Piece(f"{prefix}gate_up_proj.lora_B", (2 * width, rank))
     down_a = Piece(f"{prefix}down_proj.lora_A", (rank, width))
     return [

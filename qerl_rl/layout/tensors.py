@@ -12,16 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
-from qerl_rl.layout.deepseek import DeepseekArchitecture, deepseek_slots
 from qerl_rl.layout.holdings import FullTensor
 from qerl_rl.layout.slots import Piece, Slot, adapter_slots, weight_slots
 from qerl_rl.quant.formats import Format
-
-Architecture = MoeArchitecture | DeepseekArchitecture
 
 
 @dataclass(frozen=True)
@@ -37,13 +33,13 @@ class Weights:
     @classmethod
     def chosen_by(
         cls,
-        architecture: Architecture,
+        architecture: MoeArchitecture,
         format_of: Callable[[str], Format | None],
         dtype: torch.dtype = torch.bfloat16,
     ) -> Weights:
         """With the format that `format_of` gives for the HF name of a weight; fused weights must have the same."""
         formats = {}
-        for slot in model_slots(architecture, ParallelSizes()):
+        for slot in weight_slots(architecture, ParallelSizes()):
             format = format_of(slot.pieces[0].name) if slot.quantizable else None
             if format is not None:
                 formats[slot.layer, slot.name] = format
@@ -76,30 +72,19 @@ class Entry:
         return len(index) > 1 and isinstance(index[1], slice)
 
 
-def full_tensors(architecture: Architecture, tensors: Tensors) -> list[FullTensor]:
+def full_tensors(architecture: MoeArchitecture, tensors: Tensors) -> list[FullTensor]:
     """Every full tensor once, in the order of the model; a tied output layer is the embedding."""
     found = entries(architecture, tensors, ParallelSizes())
     return list({entry.tensor.name: entry.tensor for entry in found}.values())
 
 
-def model_slots(architecture: Architecture, sizes: ParallelSizes) -> list[Slot]:
-    """The slots of all weights of a language model."""
-    if isinstance(architecture, DeepseekArchitecture):
-        return deepseek_slots(architecture, sizes)
-    return weight_slots(architecture, sizes)
-
-
-def entries(architecture: Architecture, tensors: Tensors, sizes: ParallelSizes) -> list[Entry]:
+def entries(architecture: MoeArchitecture, tensors: Tensors, sizes: ParallelSizes) -> list[Entry]:
     """Every piece of every slot, in the order of the model; a tied output layer repeats the embedding."""
     if isinstance(tensors, Adapters):
-        if isinstance(architecture, DeepseekArchitecture):
-            raise ConfigError("DeepSeek models can't be trained with adapters.", fix="set lora.rank to 0")
-        found = [
-            entry for slot in adapter_slots(architecture, tensors.lora) for entry in _entries(slot, "", tensors.dtype)
-        ]
-        return found
+        slots = adapter_slots(architecture, tensors.lora)
+        return [entry for slot in slots for entry in _entries(slot, "", tensors.dtype)]
     found = []
-    for slot in model_slots(architecture, sizes):
+    for slot in weight_slots(architecture, sizes):
         format = tensors.formats.get((slot.layer, slot.name))
         if format is None:
             found += _entries(slot, "", slot.dtype or tensors.dtype)

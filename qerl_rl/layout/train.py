@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Hashable, Sequence
-from itertools import accumulate
+from collections.abc import Hashable
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import TrainConfig
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import Block, Coordinates, ParallelSizes
 from qerl_rl.layout.holdings import Box, Holding
-from qerl_rl.layout.tensors import Architecture, Entry, Tensors, Weights, entries
+from qerl_rl.layout.tensors import Entry, Tensors, Weights, entries
 
 
 def parallel_sizes(train: TrainConfig) -> ParallelSizes:
     """The layout of a launch file."""
     return ParallelSizes(
-        train.tensor_parallel, train.pipeline_parallel, train.expert_parallel, train.expert_tensor_parallel
+        train.tensor_parallel,
+        train.pipeline_parallel,
+        train.expert_parallel,
+        train.expert_tensor_parallel,
+        train.stage_layers,
     )
 
 
@@ -42,21 +45,19 @@ def coordinates(rank: int, sizes: ParallelSizes, world_size: int) -> Coordinates
 class TrainLayout:
     """Layout of the trainer's model. Local names are Megatron's, those of the rank's stage.
 
-    Args: layers_per_stage: of each pipeline stage; by default all have equally many.
     Raises: ConfigError where a size does not divide what it splits, or cuts through weights that share a scale.
     """
 
     def __init__(
         self,
-        architecture: Architecture,
+        architecture: MoeArchitecture,
         sizes: ParallelSizes,
         world_size: int,
         tensors: Tensors | None = None,
-        layers_per_stage: Sequence[int] = (),
     ) -> None:
         self.world_size, self.sizes, self._layers = world_size, sizes, architecture.layers
         check_world(sizes, world_size)
-        self._starts = _first_layers(architecture.layers, sizes.pipeline, layers_per_stage)
+        check_stages(sizes, architecture.layers)
         self._coordinates = [coordinates(rank, sizes, world_size) for rank in range(world_size)]
         self._entries: dict[str, list[Entry]] = {}
         seen: set[Block] = set()
@@ -98,13 +99,10 @@ class TrainLayout:
         }
 
     def _stage(self, entry: Entry) -> int:
-        return bisect_right(self._starts, min(max(entry.slot.layer, 0), self._layers - 1)) - 1
+        return entry.slot.stage(self._layers, self.sizes)
 
     def _local(self, entry: Entry) -> str:
-        layer = entry.slot.layer
-        if not 0 <= layer < self._layers:
-            return entry.slot.name
-        return f"decoder.layers.{layer - self._starts[self._stage(entry)]}.{entry.slot.name}"
+        return entry.slot.module_path(self._layers, self.sizes)
 
     def _holdings(self, entry: Entry, at: Coordinates) -> list[Holding]:
         tensor, local = entry.tensor.name, self._local(entry)
@@ -151,20 +149,20 @@ def _local_shape(entry: Entry, view: tuple[int, ...]) -> tuple[int, ...]:
     return view if len(view) == 1 else (math.prod(view[:-1]), view[-1])
 
 
-def _first_layers(layers: int, stages: int, layers_per_stage: Sequence[int]) -> list[int]:
-    if not layers_per_stage:
-        if layers % stages:
-            raise ConfigError(
-                f"train.pipeline_parallel={stages} does not divide the model's {layers} layers.",
-                fix=f"set train.pipeline_parallel to {_divisors(layers, stages)}",
-            )
-        layers_per_stage = [layers // stages] * stages
-    if len(layers_per_stage) != stages or sum(layers_per_stage) != layers:
+def check_stages(sizes: ParallelSizes, layers: int) -> None:
+    """Raise ConfigError when the pipeline stages don't have the layers of the model."""
+    counts, stages = sizes.layers_per_stage, sizes.pipeline
+    if not counts and layers % stages:
         raise ConfigError(
-            f"{list(layers_per_stage)} are not the {layers} layers of {stages} pipeline stages.",
-            fix=f"give {stages} numbers that add up to {layers} (--layers-per-stage)",
+            f"train.pipeline_parallel={stages} does not divide the model's {layers} layers.",
+            fix=f"set train.pipeline_parallel to {_divisors(layers, stages)}, "
+            "or name the layers of each stage in train.layers_per_stage",
         )
-    return [0, *accumulate(layers_per_stage)][:-1]
+    if counts and (len(counts) != stages or sum(counts) != layers or min(counts) < 1):
+        raise ConfigError(
+            f"train.layers_per_stage={','.join(map(str, counts))} are not the {layers} layers of {stages} stages.",
+            fix=f"give {stages} numbers above 0 that add up to {layers}",
+        )
 
 
 def check_world(sizes: ParallelSizes, world_size: int) -> None:

@@ -14,27 +14,32 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from qerl_rl.config.schema import LoraConfig, TrainConfig
-from qerl_rl.layout.architecture import MoeArchitecture, check_layout
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
+from qerl_rl.layout.fit import check_layout
+from qerl_rl.layout.routing import chosen_rule
 from qerl_rl.layout.slots import LANGUAGE_MODEL, VALUE, padded_vocabulary
 from qerl_rl.model.adapted import LayerWeights
 from qerl_rl.model.experts import StackedExperts
 from qerl_rl.model.formats import SlotFormats, check_format_layout
+from qerl_rl.model.latent_attention import PackedLatentAttention
 from qerl_rl.model.linear import ColumnLinear, RowLinear
 from qerl_rl.model.lora import initialize_adapters
 from qerl_rl.model.parallel import current_sizes, initialize_parallel
+from qerl_rl.model.peculiarities import add_peculiarities, scaled_add
 from qerl_rl.model.routing_replay import ReplayingLayer, ReplayingMoELayer
 from qerl_rl.model.value_head import ValueHead
-from qerl_rl.platform.torch_modules import PackedAttention, RMSNorm
+from qerl_rl.platform.torch_modules import LayerNorm, PackedAttention, RMSNorm
 from qerl_rl.quant.formats import Format
 
 __all__ = ["build_model", "initialize_parallel", "transformer_config"]
@@ -68,10 +73,12 @@ def build_model(
     check_layout(architecture, train)
     check_format_layout(architecture, formats, sizes)
     config = transformer_config(architecture, train)
+    rule = chosen_rule(architecture.routing, architecture.experts, train)
+    routing = {"rule": rule, "dispatcher": train.token_dispatcher}
     trains_base = lora is None
     model = GPTModel(
         config,
-        _block_spec(architecture, lora, formats, sizes),
+        _block_spec(architecture, lora, formats, sizes, routing),
         vocab_size=padded_vocabulary(architecture, sizes),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -86,6 +93,7 @@ def build_model(
     model.lora, model.head = lora, head
     if model.post_process and head == VALUE:
         model.output_layer = ValueHead(config)
+    add_peculiarities(model, architecture, logits=head == LANGUAGE_MODEL)
     if lora is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("_lora_" in name or (head == VALUE and name.startswith("output_layer.")))
@@ -100,23 +108,27 @@ def build_model(
 
 def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> TransformerConfig:
     """Megatron's configuration of the model and the layout."""
-    dtype = DTYPES[train.dtype]
-    return TransformerConfig(
+    dtype, stages = DTYPES[train.dtype], train.stage_layers
+    kind = MLATransformerConfig if architecture.latent else TransformerConfig
+    return kind(
+        **_latent_sizes(architecture),
         num_layers=architecture.layers,
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.attention_heads,
         num_query_groups=architecture.key_value_heads,
         kv_channels=architecture.head_dim,
-        ffn_hidden_size=architecture.expert_width,
+        ffn_hidden_size=architecture.dense_width or architecture.expert_width,
         moe_ffn_hidden_size=architecture.expert_width,
         moe_shared_expert_intermediate_size=architecture.shared_expert_width or None,
         num_moe_experts=architecture.experts,
         moe_router_topk=architecture.experts_per_token,
-        moe_router_pre_softmax=not architecture.normalized_top_k,
+        # Routers follow a RoutingRule; Megatron demands this of those that take one expert a token.
+        moe_router_pre_softmax=True,
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_router_dtype="fp32",
-        moe_token_dispatcher_type=train.token_dispatcher,
+        # ReplayingMoELayer makes the one of train.token_dispatcher: Megatron refuses others under pipeline parallelism.
+        moe_token_dispatcher_type="alltoall",
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -131,6 +143,9 @@ def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> Tra
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=train.tensor_parallel,
         pipeline_model_parallel_size=train.pipeline_parallel,
+        # Megatron wants stages left for what neither takes.
+        num_layers_in_first_pipeline_stage=stages[0] if len(stages) > 1 else None,
+        num_layers_in_last_pipeline_stage=stages[-1] if len(stages) > 2 else None,
         expert_model_parallel_size=train.expert_parallel,
         expert_tensor_parallel_size=train.expert_tensor_parallel,
         sequence_parallel=train.tensor_parallel > 1,
@@ -138,84 +153,166 @@ def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> Tra
         batch_p2p_comm=False,
         calculate_per_token_loss=True,
         use_cpu_initialization=True,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         perform_initialization=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        **_recompute(train.recompute),
+        **_recompute(train),
     )
 
 
-def _recompute(kind: str) -> dict[str, Any]:
-    if kind == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if kind == "selective":
+def _latent_sizes(architecture: MoeArchitecture) -> dict[str, Any]:
+    latent = architecture.latent
+    if latent is None:
+        return {}
+    return {
+        "q_lora_rank": latent.query_rank,
+        "kv_lora_rank": latent.key_value_rank,
+        "qk_head_dim": latent.nope_head_dim,
+        "qk_pos_emb_head_dim": latent.rope_head_dim,
+        "v_head_dim": latent.value_head_dim,
+        "rotary_base": architecture.rope_theta,
+        # `PackedLatentAttention` turns and scales itself.
+        "rope_type": "rope",
+        "rotary_scaling_factor": 1.0,
+    }
+
+
+def _recompute(train: TrainConfig) -> dict[str, Any]:
+    if train.recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": train.recompute_method,
+            "recompute_num_layers": train.recompute_layers,
+        }
+    if train.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]}
+    if train.mindspeed.moe_layer_recompute:
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     return {}
 
 
 def _block_spec(
-    architecture: MoeArchitecture, lora: LoraConfig | None, formats: SlotFormats, sizes: ParallelSizes
+    architecture: MoeArchitecture,
+    lora: LoraConfig | None,
+    formats: SlotFormats,
+    sizes: ParallelSizes,
+    routing: Mapping[str, Any],
 ) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with this project's norm, attention, linear layers and experts in it.
 
-    Layers differ in how their weights are stored only.
+    Layers differ in how their weights are stored, and in whether they have experts.
     """
-    count = architecture.layers // sizes.pipeline
-    first = parallel_state.get_pipeline_model_parallel_rank() * count
-    layers = [
-        _layer_spec(architecture, lora, {name: format for (layer, name), format in formats.items() if layer == number})
-        for number in range(first, first + count)
-    ]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    first, end, *_ = [*sizes.first_layers(architecture.layers), architecture.layers][stage:]
+    layers = []
+    for number in range(first, end):
+        own = {name: format for (layer, name), format in formats.items() if layer == number}
+        if architecture.has_experts(number):
+            mlp = _experts_spec(architecture, lora, own, routing)
+        else:
+            mlp = ModuleSpec(module=MLP, submodules=_mlp_submodules("mlp", lora, own))
+        layers.append(_layer_spec(architecture, _attention_spec(architecture, lora, own), mlp))
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(architecture))
 
 
-def _layer_spec(architecture: MoeArchitecture, lora: LoraConfig | None, formats: Mapping[str, Format]) -> ModuleSpec:
+def _norm(architecture: MoeArchitecture) -> type[torch.nn.Module]:
+    return LayerNorm if architecture.centered_norms else RMSNorm
+
+
+def _layer_spec(architecture: MoeArchitecture, attention: ModuleSpec, mlp: ModuleSpec) -> ModuleSpec:
+    norm, scale = _norm(architecture), architecture.scales.residual
+    add = get_bias_dropout_add if scale == 1 else scaled_add(scale)
+    return ModuleSpec(
+        module=ReplayingLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
+            mlp_bda=add,
+        ),
+    )
+
+
+def _attention_spec(
+    architecture: MoeArchitecture, lora: LoraConfig | None, formats: Mapping[str, Format]
+) -> ModuleSpec:
     """Args: formats: of the layer's weights, by the names of their slots."""
-    head_norm = RMSNorm if architecture.qk_norm else IdentityOp
     of_attention = lora if lora and lora.attention else None
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=_linear(ColumnLinear, formats.get("self_attention.linear_qkv.weight"), of_attention),
+
+    def linear(
+        kind: type[ColumnLinear | RowLinear], name: str, adapted: LoraConfig | None = of_attention, **options: bool
+    ) -> Any:
+        return _linear(kind, formats.get(f"self_attention.{name}.weight"), adapted, **options)
+
+    params: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal}
+    if architecture.latent:
+        submodules = MLASelfAttentionSubmodules(
+            linear_q_proj=linear(ColumnLinear, "linear_q_proj"),
+            linear_q_down_proj=linear(ColumnLinear, "linear_q_down_proj"),
+            linear_q_up_proj=linear(ColumnLinear, "linear_q_up_proj"),
+            linear_kv_down_proj=linear(ColumnLinear, "linear_kv_down_proj"),
+            # Without an adapter: `latent_attention_adapters` says why.
+            linear_kv_up_proj=linear(ColumnLinear, "linear_kv_up_proj", None),
             core_attention=PackedAttention,
-            linear_proj=_linear(RowLinear, formats.get("self_attention.linear_proj.weight"), of_attention),
+            linear_proj=linear(RowLinear, "linear_proj"),
+            q_layernorm=RMSNorm,
+            kv_layernorm=RMSNorm,
+        )
+        params |= {"latent": architecture.latent, "yarn": architecture.yarn}
+        return ModuleSpec(module=PackedLatentAttention, params=params, submodules=submodules)
+    head_norm = RMSNorm if architecture.qk_norm else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention,
+        params=params,
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=linear(ColumnLinear, "linear_qkv"),
+            core_attention=PackedAttention,
+            linear_proj=linear(RowLinear, "linear_proj", own_bias=architecture.projection_bias),
             q_layernorm=head_norm,
             k_layernorm=head_norm,
         ),
     )
+
+
+def _mlp_submodules(name: str, lora: LoraConfig | None, formats: Mapping[str, Format]) -> MLPSubmodules:
+    """Of an MLP that every token passes."""
+    adapted = lora if lora and lora.shared_experts else None
+    return MLPSubmodules(
+        linear_fc1=_linear(ColumnLinear, formats.get(f"{name}.linear_fc1.weight"), adapted),
+        linear_fc2=_linear(RowLinear, formats.get(f"{name}.linear_fc2.weight"), adapted),
+    )
+
+
+def _experts_spec(
+    architecture: MoeArchitecture, lora: LoraConfig | None, formats: Mapping[str, Format], routing: Mapping[str, Any]
+) -> ModuleSpec:
+    """Routed experts, and shared ones beside them. Args: routing: of `ReplayingMoELayer`."""
     prefix = "mlp.experts."
     of_experts = {name.removeprefix(prefix): format for name, format in formats.items() if name.startswith(prefix)}
     experts_weights = LayerWeights(of_experts, lora if lora and lora.experts else None)
-    of_shared = lora if lora and lora.shared_experts else None
-    shared_submodules = MLPSubmodules(
-        linear_fc1=_linear(ColumnLinear, formats.get("mlp.shared_experts.linear_fc1.weight"), of_shared),
-        linear_fc2=_linear(RowLinear, formats.get("mlp.shared_experts.linear_fc2.weight"), of_shared),
+    shared = ModuleSpec(
+        module=SharedExpertMLP,
+        params={"gate": architecture.shared_expert_gate},
+        submodules=_mlp_submodules("mlp.shared_experts", lora, formats),
     )
-    experts = MoESubmodules(
-        experts=ModuleSpec(module=StackedExperts, params={"weights": experts_weights}),
-        shared_experts=ModuleSpec(module=SharedExpertMLP, params={"gate": True}, submodules=shared_submodules),
-    )
-    return ModuleSpec(
-        module=ReplayingLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=ReplayingMoELayer, submodules=experts),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
+    experts = ModuleSpec(module=StackedExperts, params={"weights": experts_weights})
+    submodules = MoESubmodules(experts=experts, shared_experts=shared)
+    return ModuleSpec(module=ReplayingMoELayer, submodules=submodules, params=dict(routing))
 
 
-def _linear(kind: type[ColumnLinear | RowLinear], format: Format | None, lora: LoraConfig | None) -> Any:
-    """A column- or row-parallel linear layer: Megatron's own where the weights are plain."""
-    if format is None and lora is None:
+def _linear(
+    kind: type[ColumnLinear | RowLinear], format: Format | None, lora: LoraConfig | None, **options: bool
+) -> Any:
+    """A column- or row-parallel linear layer: Megatron's own where the weights are plain. options: of `kind`."""
+    if format is None and lora is None and not any(options.values()):
         return ColumnParallelLinear if kind is ColumnLinear else RowParallelLinear
-    return ModuleSpec(module=kind, params={"weights": LayerWeights({"weight": format} if format else {}, lora)})
+    weights = LayerWeights({"weight": format} if format else {}, lora)
+    return ModuleSpec(module=kind, params={"weights": weights, **options})
 
 
 def _mask_vocabulary_padding(model: GPTModel, vocabulary_size: int) -> None:

@@ -10,7 +10,7 @@ from qerl_rl.config.schema import TrainConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
 from qerl_rl.layout.slots import Slot, weight_slots
-from qerl_rl.layout.tensors import Architecture, model_slots
+from qerl_rl.layout.train import parallel_sizes
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.formats import Format, Part
 from qerl_rl.quant.quantize import Recipe
@@ -34,13 +34,13 @@ def stored_formats(reader: CheckpointReader, architecture: MoeArchitecture) -> S
     return found
 
 
-def rounded_formats(architecture: Architecture, recipe: Recipe | None) -> SlotFormats:
+def rounded_formats(architecture: MoeArchitecture, recipe: Recipe | None) -> SlotFormats:
     """The formats that a checkpoint of floats gets by `recipe` (None: it stays floats).
 
     Raises: ConfigError when the rows of a weight can't be cut into groups of its format.
     """
     found = {}
-    for slot in model_slots(architecture, ParallelSizes()) if recipe else ():
+    for slot in weight_slots(architecture, ParallelSizes()) if recipe else ():
         format = recipe.format_of(slot.pieces[0].name) if recipe and slot.quantizable else None
         if format is None:
             continue
@@ -121,16 +121,10 @@ def check_format_layout(
 
 def check_rounding(architecture: MoeArchitecture, recipe: Recipe | None, train: TrainConfig) -> None:
     """Raise ConfigError when weights that train in the layout of `train` can't be rounded by `recipe` in shards."""
-    check_format_layout(architecture, rounded_formats(architecture, recipe), _sizes(train), SMALLER_GROUPS)
+    check_format_layout(architecture, rounded_formats(architecture, recipe), parallel_sizes(train), SMALLER_GROUPS)
 
 
 def check_checkpoint(path: str | Path, architecture: MoeArchitecture, train: TrainConfig) -> None:
     """Raise ConfigError when a checkpoint's formats can't be read, or can't be cut as the layout of `train` would."""
     with CheckpointReader(path) as reader:
-        check_format_layout(architecture, stored_formats(reader, architecture), _sizes(train))
-
-
-def _sizes(train: TrainConfig) -> ParallelSizes:
-    return ParallelSizes(
-        train.tensor_parallel, train.pipeline_parallel, train.expert_parallel, train.expert_tensor_parallel
-    )
+        check_format_layout(architecture, stored_formats(reader, architecture), parallel_sizes(train))

@@ -83,9 +83,10 @@ class ColumnLinear(_AdaptedLinear):
 
 
 class RowLinear(_AdaptedLinear):
-    """y = x W^T with the columns of W, and of the adapter's A, split over the tensor-parallel ranks.
+    """y = x W^T (+ b) with the columns of W, and of the adapter's A, split over the tensor-parallel ranks.
 
-    Every rank holds all of B and multiplies its part of the sum by it; the copy operator sums B's gradient.
+    own_bias: whether there is b, `bias` [N], which every rank holds (Megatron allows none beside experts). Every rank
+    holds all of B as well and multiplies its part of the sum by it; the copy operator sums B's gradient.
     """
 
     def __init__(
@@ -96,21 +97,26 @@ class RowLinear(_AdaptedLinear):
         config: TransformerConfig,
         bias: bool,
         weights: LayerWeights,
+        own_bias: bool = False,
         **ignored: Any,
     ) -> None:
         if bias:
-            raise ValueError("a row-parallel layer with bias is not supported")
+            raise ValueError("a row-parallel layer takes own_bias, and not Megatron's bias")
         super().__init__(input_size // get_tensor_model_parallel_world_size(), output_size, config, weights)
-        if self.lora is not None:
-            self.weight_lora_A.tensor_model_parallel = True
+        self.bias = Parameter(torch.zeros(output_size, dtype=config.params_dtype)) if own_bias else None
+        if self.bias is not None:
+            self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        for parameter in (getattr(self, "weight", None), getattr(self, "weight_lora_A", None)):
+            if parameter is not None:
+                parameter.tensor_model_parallel = True
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """x [sequence, batch, K of this rank] -> ([sequence (of this rank if sequence parallel), batch, N], None)."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [sequence, batch, K of this rank] -> ([sequence (of this rank if sequence parallel), batch, N], b)."""
         adapter = None
         if self.adapters_enabled:
             b = copy_to_tensor_model_parallel_region(self.weight_lora_B)
             adapter = Adapter(self.weight_lora_A.unsqueeze(0), b.unsqueeze(0), self.scaling)
         y = self._multiply(x, adapter)
         if self.config.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(y), None
-        return reduce_from_tensor_model_parallel_region(y), None
+            return reduce_scatter_to_sequence_parallel_region(y), self.bias
+        return reduce_from_tensor_model_parallel_region(y), self.bias

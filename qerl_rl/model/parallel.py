@@ -12,6 +12,9 @@ from qerl_rl.config.schema import TrainConfig
 from qerl_rl.layout.blocks import Coordinates, ParallelSizes
 from qerl_rl.layout.train import check_world, parallel_sizes
 
+_layers_per_stage: list[int] = []
+"""Of the groups that exist: Megatron's groups know of stages, not of what is on them."""
+
 
 def initialize_parallel(train: TrainConfig, seed: int = 1) -> None:
     """Create Megatron's process groups for the layout of `train` and seed its random-number tracker.
@@ -40,6 +43,7 @@ def initialize_parallel(train: TrainConfig, seed: int = 1) -> None:
         expert_tensor_parallel_size=sizes.expert_tensor,
     )
     model_parallel_cuda_manual_seed(seed)
+    _layers_per_stage[:] = sizes.layers_per_stage
 
 
 def current_sizes() -> ParallelSizes:
@@ -49,6 +53,7 @@ def current_sizes() -> ParallelSizes:
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),
         parallel_state.get_expert_tensor_parallel_world_size(),
+        tuple(_layers_per_stage),
     )
 
 

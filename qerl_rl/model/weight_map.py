@@ -124,7 +124,7 @@ def _copy(target: torch.Tensor, piece: Piece, part: Part | None, reader: Checkpo
 def export_hf(
     model: torch.nn.Module, architecture: MoeArchitecture, *, merge_adapters: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(HF name, full tensor) of every weight, in the dtype of the model and the order of its layers.
+    """(HF name, full tensor) of every weight, in the order of the layers; in the dtype of the model, or the slot's.
 
     Collective: every rank must exhaust it; rank 0 gets the tensors, the others nothing. Memory holds one layer at a
     time. A quantized base comes dequantized. merge_adapters adds scaling * B A to the base, computed in float32.
@@ -138,11 +138,13 @@ def export_hf(
     slots = [slot for slot in weight_slots(architecture, sizes, model.head) if slot.exported]
     for _, group in groupby(slots, key=lambda slot: slot.layer):
         of_layer = list(group)
-        full = gather_slots(of_layer, local, layers=layers, sizes=sizes, ranks=ranks, dtype=dtype, device=device)
-        if torch.distributed.get_rank() == 0:
-            for slot, tensor in zip(of_layer, full, strict=True):
-                for piece in slot.pieces:
-                    yield piece.name, tensor[piece.index].reshape(piece.shape)
+        for kind in sorted({slot.dtype or dtype for slot in of_layer}, key=str):
+            alike = [slot for slot in of_layer if (slot.dtype or dtype) == kind]
+            full = gather_slots(alike, local, layers=layers, sizes=sizes, ranks=ranks, dtype=kind, device=device)
+            if torch.distributed.get_rank() == 0:
+                for slot, tensor in zip(alike, full, strict=True):
+                    for piece in slot.pieces:
+                        yield piece.name, tensor[piece.index].reshape(piece.shape)
 
 
 def _float_weight(model: torch.nn.Module, path: str, merge_adapters: bool) -> torch.Tensor:

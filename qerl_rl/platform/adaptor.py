@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from qerl_rl.config.schema import Config
 from qerl_rl.platform import cpu_adaptor, npu_adaptor
 from qerl_rl.platform.device import Device
 
 _prepared: list[str] = []
 
 
-def prepare_megatron(device: Device) -> None:
+def prepare_megatron(device: Device, config: Config | None = None) -> None:
     """Apply the adaptor of `device`. Call it before anything imports megatron; a second call does nothing.
 
-    CPU: the patches of `cpu_adaptor`. NPU: those of `npu_adaptor`. CUDA needs none.
-    Raises: PatchError when megatron is imported already, or lacks what a patch replaces; RuntimeError when the process
-    was prepared for another device.
+    CPU: the patches of `cpu_adaptor`. NPU: those of `npu_adaptor`, by the keys of `config` (train.mindspeed,
+    model.provider and the layout; None: all defaults). CUDA needs none.
+    Raises: PatchError when megatron is imported already, or lacks what a patch replaces; ConfigError when a package is
+    missing; RuntimeError when the process was prepared for another device.
     """
     if device.name in _prepared:
         return
@@ -22,5 +24,5 @@ def prepare_megatron(device: Device) -> None:
     if device.name == "cpu":
         cpu_adaptor.apply()
     elif device.name == "npu":
-        npu_adaptor.apply()
+        npu_adaptor.apply(config or Config())
     _prepared.append(device.name)

@@ -7,7 +7,7 @@ import importlib.util
 import resource
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -86,12 +86,13 @@ class Device:
     """One kind of device. `name` is also torch's device type.
 
     collective_backend is the torch.distributed backend; visible_devices_variable the environment variable that limits a
-    process to some cards (empty where there are no cards).
+    process to some cards (empty where there are no cards). is_simulated: its memory and kernels are the host's.
     """
 
     name: str
     collective_backend: str
     visible_devices_variable: str
+    is_simulated: bool = False
 
     def current(self) -> torch.device:
         """The torch.device of this process."""
@@ -151,7 +152,9 @@ class Device:
         """Whether this process can compute on it."""
         if self.name == "cpu":
             return True
-        if self.name == "npu" and not _import_torch_npu():
+        if self.is_simulated:
+            _start_simulation()
+        elif self.name == "npu" and not _import_torch_npu():
             return False
         return bool(self._runtime().is_available())
 
@@ -164,6 +167,8 @@ CPU = Device("cpu", "gloo", "")
 CUDA = Device("cuda", "nccl", "CUDA_VISIBLE_DEVICES")
 NPU = Device("npu", "hccl", "ASCEND_RT_VISIBLE_DEVICES")
 DEVICES = {device.name: device for device in (NPU, CUDA, CPU)}
+SIMULATED = {"npu-sim": replace(NPU, is_simulated=True)}
+"""Devices that a launch file must name: nothing detects them."""
 
 
 def _import_torch_npu() -> bool:
@@ -173,18 +178,27 @@ def _import_torch_npu() -> bool:
     return True
 
 
+def _start_simulation() -> None:
+    # It changes torch for good, and needs a compiler: only for those who ask for it.
+    importlib.import_module("qerl_rl.platform.simulated_npu").start()
+
+
 def detect(device: str = "auto") -> Device:
     """The device named by `train.device`; `auto` takes the first there is of npu, cuda and cpu.
 
-    Raises: ConfigError when the name is unknown or this machine has no such device.
+    npu-sim turns this process into one with simulated NPUs, for good (`qerl_rl.platform.simulated_npu`).
+    Raises: ConfigError when the name is unknown, or this machine has no such device or can't simulate it.
     """
     if device == "auto":
         return next(candidate for candidate in DEVICES.values() if candidate.is_available())
-    if device not in DEVICES:
-        raise ConfigError(f"train.device={device} is unknown.", fix="set train.device to auto, cpu, cuda or npu")
-    if not DEVICES[device].is_available():
+    known = DEVICES | SIMULATED
+    if device not in known:
+        raise ConfigError(
+            f"train.device={device} is unknown.", fix="set train.device to auto, cpu, cuda, npu or npu-sim"
+        )
+    if not known[device].is_available():
         raise ConfigError(
             f"train.device={device}, but torch finds no such device here.",
             fix="set train.device to auto, or install the torch build and driver of the device",
         )
-    return DEVICES[device]
+    return known[device]

@@ -33,6 +33,15 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's, with parameters that are tagged as those of `RMSNorm` are."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **ignored: Any) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
 class PackedAttention(MegatronModule):
     """Causal attention with grouped key and value heads: a fused kernel where the device has one for packed sequences.
 

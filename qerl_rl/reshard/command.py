@@ -20,13 +20,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--config", type=Path, required=True, help="launch file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the launch file, set anew")
     parser.add_argument("--ranks-per-node", type=int, default=8, help="workers that share a machine (default 8)")
-    parser.add_argument(
-        "--layers-per-stage",
-        type=lambda text: [int(count) for count in text.split(",")],
-        default=[],
-        metavar="N,N,...",
-        help="of each pipeline stage, where they are not equal",
-    )
     parser.set_defaults(run=run)
 
 
@@ -35,7 +28,6 @@ def run(options: argparse.Namespace) -> None:
     from qerl_rl.config.checks import check_config
     from qerl_rl.config.loader import load_config
     from qerl_rl.layout.architecture import MoeArchitecture
-    from qerl_rl.layout.deepseek import DeepseekArchitecture, is_deepseek
     from qerl_rl.reshard.moved import plan_of
 
     loaded = load_config(options.config, options.overrides)
@@ -43,9 +35,8 @@ def run(options: argparse.Namespace) -> None:
     config = loaded.config
     if options.ranks_per_node < 1:
         raise ConfigError(f"--ranks-per-node {options.ranks_per_node} is no number of workers.", fix="give 1 or more")
-    kind = DeepseekArchitecture if is_deepseek(config.model.path) else MoeArchitecture
-    architecture = kind.from_folder(config.model.path)
-    plan = plan_of(config, architecture, options.ranks_per_node, options.layers_per_stage)
+    architecture = MoeArchitecture.from_folder(config.model.path)
+    plan = plan_of(config, architecture, options.ranks_per_node)
     what = "adapters" if config.lora.rank else f"all weights, {config.quant.format}"
     print(f"{config.cluster.workers} ranks, {options.ranks_per_node} a node: {what}")
     print(plan.summary())

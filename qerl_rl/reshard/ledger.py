@@ -48,7 +48,8 @@ class SwapReport:
     how they came there; None where nothing moved. checksum_bytes: compared with what was sent, of both sides; 0 where
     none was due. canary: mean |difference| of both engines' log-probs on fixed tokens; None where none was due.
     survival: how much of the adapters this rank's merged weights kept, None where nothing was merged. released_bytes:
-    bytes by kind that left memory. held_bytes: bytes by engine and kind now in memory.
+    bytes by kind that left memory. held_bytes: bytes by engine and kind now in memory. device_bytes: what this process
+    has of its device's memory by then, as the allocator counts (blocks); on CPU its resident set, whatever that is for.
     """
 
     phase: str
@@ -60,6 +61,7 @@ class SwapReport:
     survival: Survival | None = None
     released_bytes: dict[str, int] = field(default_factory=dict)
     held_bytes: dict[str, int] = field(default_factory=dict)
+    device_bytes: int = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -72,7 +72,7 @@ class Swap:
         self._compare_canary(report, step)
         with report.stage("noise"):
             self.set_noise(step)
-        report.held_bytes = self.held_bytes()
+        self._weigh(report)
         return report
 
     def publish(self, step: int) -> SwapReport:
@@ -86,7 +86,7 @@ class Swap:
         with report.stage("kv_cache"):
             self._rollout.restore_kv_cache()
         self._compare_canary(report, step)
-        report.held_bytes = self.held_bytes()
+        self._weigh(report)
         return report
 
     def to_train(self, model: str = POLICY) -> SwapReport:
@@ -103,7 +103,7 @@ class Swap:
                 report.release({"rollout/weights": self._rollout.release_weights(self._engine_store)})
         with report.stage("onload"):
             report.release(self.give(model))
-        report.held_bytes = self.held_bytes()
+        self._weigh(report)
         return report
 
     def give(self, model: str) -> dict[str, int]:
@@ -162,6 +162,10 @@ class Swap:
         if step == 0 or not noise.enabled:
             return Noise()
         return Noise(sigma_at(step, run.steps, noise), run.seed, step, noise.exempt_router)
+
+    def _weigh(self, report: SwapReport) -> None:
+        report.held_bytes = self.held_bytes()
+        report.device_bytes = detect(self._config.train.device).memory().used_bytes
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes in memory now, by engine and kind."""

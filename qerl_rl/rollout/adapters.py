@@ -18,6 +18,21 @@ from qerl_rl.rollout.expert_path import attach_expert_path
 from qerl_rl.rollout.repack import packed_modules
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
+ROW_PARALLEL = ("o_proj", "down_proj")
+FUSED_DOWN, DOWN_PROJECTIONS = "fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")
+"""vLLM keeps both down projections of latent attention in one layer; each has an adapter of its own."""
+
+
+def adapted_linears(lora: LoraConfig) -> tuple[str, ...]:
+    """vLLM's linear layers inside a decoder layer that have adapters, of all families."""
+    found: list[str] = []
+    if lora.attention:
+        names = ("qkv_proj", "q_proj", "q_b_proj", "kv_a_proj_with_mqa", FUSED_DOWN, "o_proj")
+        found += [f"self_attn.{name}" for name in names]
+    if lora.shared_experts:
+        for parent in ("mlp.shared_expert", "mlp.shared_experts", "mlp"):
+            found += [f"{parent}.gate_up_proj", f"{parent}.down_proj"]
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -47,16 +62,9 @@ class AdapterSet:
             if layer is None:
                 continue
             prefix = f"model.layers.{layer[1]}"
-            if lora.attention and path.endswith("self_attn.qkv_proj"):
-                self._attach_linear(module, _column_adapter(module, f"{prefix}.self_attn.qkv_proj", lora.rank))
-            elif lora.attention and path.endswith("self_attn.o_proj"):
-                self._attach_linear(module, _row_adapter(module, f"{prefix}.self_attn.o_proj", lora.rank))
-            elif lora.shared_experts and path.endswith("mlp.shared_expert.gate_up_proj"):
-                name = f"{prefix}.mlp.shared_expert.gate_up_proj"
-                self._attach_linear(module, _column_adapter(module, name, lora.rank))
-            elif lora.shared_experts and path.endswith("mlp.shared_expert.down_proj"):
-                name = f"{prefix}.mlp.shared_expert.down_proj"
-                self._attach_linear(module, _row_adapter(module, name, lora.rank))
+            place = path[layer.end() :]
+            if place in adapted_linears(lora):
+                self._attach_linear(module, f"{prefix}.{place}", lora.rank)
             elif lora.experts and path.endswith(".experts"):
                 gate_up, down = _expert_adapters(module, f"{prefix}.mlp.experts", lora.rank)
                 attach_expert_path(module, gate_up.a, gate_up.b, down.a, down.b)
@@ -69,12 +77,24 @@ class AdapterSet:
         self._tensors |= {f"{adapter.name}.lora_B": adapter.b for adapter in self.adapters}
         self._missing: set[str] = set()
 
-    def _attach_linear(self, module: Any, adapter: Adapter) -> None:
-        module.quant_method = _LinearWithAdapter(module.quant_method, adapter.a, adapter.b)
-        if getattr(module, "custom_op", None) is not None:
-            # vllm-ascend's linear layers with a communication of their own keep the method a second time.
-            module.custom_op.quant_method = module.quant_method
-        self.adapters.append(adapter)
+    def _attach_linear(self, module: Any, name: str, rank: int) -> None:
+        """One adapter on all outputs of a layer, or one on each of the projections that are fused in it."""
+        parent, _, leaf = name.rpartition(".")
+        if leaf in ROW_PARALLEL:
+            own = [(_row_adapter(module, name, rank), slice(None))]
+        elif leaf == FUSED_DOWN:
+            own, first = [], 0
+            for projection, rows in zip(DOWN_PROJECTIONS, module.output_sizes, strict=True):
+                own.append((_column_adapter(module, f"{parent}.{projection}", rank, rows), slice(first, first + rows)))
+                first += rows
+        else:
+            own = [(_column_adapter(module, name, rank, sum(module.output_partition_sizes)), slice(None))]
+        for adapter, outputs in own:
+            module.quant_method = _LinearWithAdapter(module.quant_method, adapter.a, adapter.b, outputs)
+            if getattr(module, "custom_op", None) is not None:
+                # vllm-ascend's linear layers with a communication of their own keep the method a second time.
+                module.custom_op.quant_method = module.quant_method
+            self.adapters.append(adapter)
 
     def begin(self, step: int) -> None:
         """An update begins. step has no effect: nothing is rounded here."""
@@ -117,20 +137,20 @@ def check_complete(missing: Collection[str]) -> None:
 class _LinearWithAdapter:
     """A linear layer's quant method whose output has the adapter's added, before any reduction over ranks."""
 
-    def __init__(self, base: Any, a: torch.Tensor, b: torch.Tensor) -> None:
-        self.base, self.a, self.b = base, a, b
+    def __init__(self, base: Any, a: torch.Tensor, b: torch.Tensor, outputs: slice) -> None:
+        self.base, self.a, self.b, self.outputs = base, a, b, outputs
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         output = self.base.apply(layer, x, bias)
-        return output.add_(torch.mm(torch.mm(x.float(), self.a.t()), self.b.t()))
+        output[..., self.outputs].add_(torch.mm(torch.mm(x.float(), self.a.t()), self.b.t()))
+        return output
 
 
-def _column_adapter(layer: Any, name: str, rank: int) -> Adapter:
-    """Column parallel: every rank has all of A, and of B the rows of its own outputs."""
-    rows = sum(layer.output_partition_sizes)
+def _column_adapter(layer: Any, name: str, rank: int, rows: int) -> Adapter:
+    """Column parallel or on every rank: all of A, and of B the rows of this rank's outputs."""
     return _zeros(layer, name, (rank, layer.input_size), (rows, rank))
 
 

@@ -18,7 +18,8 @@ class Collector:
     """The samples of one group: what each had when the request came, and what the engine adds to it.
 
     Args: budget: tokens that a response may have. stop_tokens: those that end one; a partial response that ends so, or
-    has used up its budget, is finished. no_experts: routed experts of no token, where the engine records them.
+    has used up its budget, is finished. no_experts: routed experts of no token, where the engine records them;
+    dense_layers: how many layers, the first ones, have none.
     Raises: ValueError when the request's partial responses are not one a sample, or one is over the budget.
     """
 
@@ -28,6 +29,7 @@ class Collector:
         budget: int,
         stop_tokens: Collection[int],
         no_experts: np.ndarray | None = None,
+        dense_layers: int = 0,
     ) -> None:
         self.partials = list(request.partials) or [Partial()] * request.samples
         lengths = [(len(partial.tokens), len(partial.log_probs)) for partial in self.partials]
@@ -37,6 +39,7 @@ class Collector:
                 f"of (tokens, log_probs) {lengths}"
             )
         self.group, self.budget, self._no_experts = request.group, budget, no_experts
+        self._dense_layers = dense_layers
         self._reasons = [_reason(partial.tokens, budget, stop_tokens) for partial in self.partials]
 
     @property
@@ -52,7 +55,7 @@ class Collector:
         """Add the rest of a sample, a vLLM CompletionOutput; True when it was the last of the group."""
         self.interrupt(index, sample)
         if self._no_experts is not None:
-            experts = routed_experts_of(sample, self._no_experts.dtype)
+            experts = routed_experts_of(sample, self._no_experts.dtype, self._dense_layers)
             self.partials[index] = replace(self.partials[index], routed_experts=experts)
         self._reasons[index] = sample.finish_reason
         return self.is_complete

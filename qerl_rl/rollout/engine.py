@@ -50,7 +50,7 @@ class GroupOutput:
 
     responses: int32 [response], with the end-of-sequence token where there is one. log_probs: float32 [response], the
     natural log-probability of each token under logits / temperature (greedy: under the logits), renormalized over the
-    tokens that rollout.top_p and rollout.top_k leave; those of a partial response are as they were given.
+    tokens that rollout.top_p, top_k and min_p leave; those of a partial response are as they were given.
     finish_reasons: `stop` (end of sequence), `length` or, in a group that is `left`, `unfinished`. left: it was not
     among the quota; each of its samples can go on as a Partial of another request, finished or not.
     routed_experts: of an engine that records them, uint8 (int16 above 256 experts) [prompt + response - 1, layers, k]:
@@ -129,7 +129,7 @@ class RolloutEngine(Protocol):
     def score(self, tokens: Sequence[np.ndarray], *, temperature: float | None = None) -> list[np.ndarray]:
         """Log-probs of given tokens, float32 [n - 1] for int32 [n]: of each but the first, given those before it.
 
-        As `generate` would give them with nothing left out by top_p and top_k. Collective like it: ranks that share
+        As `generate` would give them with no token left out. Collective like it: ranks that share
         experts step together, also where they score nothing. temperature: None takes rollout.temperature, 0 the logits.
         """
 

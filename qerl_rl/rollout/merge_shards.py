@@ -10,6 +10,7 @@ from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.engine import EngineLayout
 from qerl_rl.layout.holdings import Holding
 from qerl_rl.layout.tensors import Weights, full_tensors
+from qerl_rl.rollout.adapters import FUSED_DOWN, LAYER, adapted_linears
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,25 @@ class ShardFinder:
     def parameters(self, lora: LoraConfig) -> dict[str, list[WeightShard]]:
         """By engine parameter (...qkv_proj.weight, ...experts.w13_weight), its shards in the order of its rows."""
         found: dict[str, list[WeightShard]] = {}
+        adapted = {f"{name}.weight" for name in adapted_linears(lora)}
         for holding in self._layout.holdings(self._rank):
             if ".experts." in holding.local:
                 if lora.experts:
                     found.setdefault(holding.local, []).extend(self._of_experts(holding))
-            elif holding.local.endswith(_adapted(lora)):
+            elif LAYER.sub("", holding.local.removeprefix("model.")) in adapted:
                 before = found.setdefault(holding.local, [])
-                before.append(self._of_linear(holding, sum(shard.shape[0] for shard in before)))
+                adapter = self._adapter(holding)
+                first = sum(shard.shape[0] for shard in before if shard.adapter == adapter)
+                before.append(self._of_linear(holding, adapter, first))
         return found
 
-    def _of_linear(self, holding: Holding, first: int) -> WeightShard:
+    @staticmethod
+    def _adapter(holding: Holding) -> str:
+        """The adapter of a weight, by the exchange format: that of the fused layer, or the projection's own."""
+        local = holding.local.removesuffix(".weight")
+        return holding.tensor.removesuffix(".weight") if local.endswith(FUSED_DOWN) else local
+
+    def _of_linear(self, holding: Holding, adapter: str, first: int) -> WeightShard:
         *rows, width = self._shapes[holding.tensor]
         start, stop = holding.box.start, holding.box.stop
         size = rows[1] if len(rows) == 2 else 1  # Of a head, of which there are start[0] to stop[0].
@@ -68,7 +78,7 @@ class ShardFinder:
             slice(start[0] * size, stop[0] * size),
             slice(start[-1], stop[-1]),
             width,
-            holding.local.removesuffix(".weight"),
+            adapter,
             None,
             first,
             self._share(holding),
@@ -95,10 +105,3 @@ class ShardFinder:
             boxes = [other.box for rank in ranks for other in self._layout.holdings_of(holding.tensor, rank)]
             self._shares[key] = 1.0 / boxes.count(holding.box)
         return self._shares[key]
-
-
-def _adapted(lora: LoraConfig) -> tuple[str, ...]:
-    """How the names of dense parameters end that adapters change."""
-    attention = ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight") if lora.attention else ()
-    shared = ("shared_expert.gate_up_proj.weight", "shared_expert.down_proj.weight") if lora.shared_experts else ()
-    return attention + shared

@@ -128,8 +128,10 @@ def record_on_cpu(engine: Any) -> None:
     runner.execute_model = execute_model
 
 
-def routed_experts_of(sample: Any, dtype: np.dtype) -> np.ndarray:
+def routed_experts_of(sample: Any, dtype: np.dtype, dense_layers: int = 0) -> np.ndarray:
     """The rows of a finished sample, a vLLM CompletionOutput, as `dtype` [tokens, layers, top_k].
+
+    The first `dense_layers` route nothing: theirs read 0, 1, ..., as rows do whose experts are distinct.
 
     Raises: RuntimeError when there are none, or a token has an expert twice: nothing was recorded then (vLLM-Ascend
         returned zeros for some models, vllm-project/vllm-ascend#16314).
@@ -137,6 +139,9 @@ def routed_experts_of(sample: Any, dtype: np.dtype) -> np.ndarray:
     experts = sample.routed_experts
     if experts is None:
         raise RuntimeError("the engine returned no routed experts: this vLLM does not record them")
+    if dense_layers:
+        experts = experts.copy()
+        experts[:, :dense_layers] = np.arange(experts.shape[-1])
     ordered = np.sort(experts, axis=-1)
     if (ordered[..., 1:] == ordered[..., :-1]).any():
         raise RuntimeError(

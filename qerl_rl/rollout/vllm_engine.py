@@ -31,6 +31,7 @@ from qerl_rl.rollout.engine import GroupOutput, GroupRequest, LiveTarget
 from qerl_rl.rollout.engine_memory import engine_memory
 from qerl_rl.rollout.engine_options import engine_arguments
 from qerl_rl.rollout.environment import configure_environment
+from qerl_rl.rollout.families import check_family
 from qerl_rl.rollout.full_tensors import exchange_format, put
 from qerl_rl.rollout.lending import Lending
 from qerl_rl.rollout.limits import check_engine
@@ -69,6 +70,7 @@ class VllmEngine:
         quantize_to: str | None = None,
         group_size: int = 0,
     ) -> None:
+        check_family(model_path)
         configure_environment(rollout)
         self._rollout, self._max_length = rollout, max_length
         self._stop_tokens = end_of_sequence_tokens(Path(model_path))
@@ -79,7 +81,7 @@ class VllmEngine:
 
             from qerl_rl.rollout.vllm_patches import apply_patches, platform_name
 
-            apply_patches()
+            apply_patches(rollout)
             self._plan = LoadPlan(model_path, platform_name(), quantize_to, group_size)
             check_engine(self._plan, rollout)
             arguments = engine_arguments(self._plan, rollout, max_length, seed)
@@ -154,7 +156,8 @@ class VllmEngine:
             raise RuntimeError(f"{call} while the weights are released: call restore_weights() first")
 
     def _collector(self, request: GroupRequest) -> Collector:
-        return Collector(request, self._budget(request), self._stop_tokens, self._no_experts)
+        dense = self._architecture.dense_layers
+        return Collector(request, self._budget(request), self._stop_tokens, self._no_experts, dense)
 
     def _budget(self, request: GroupRequest) -> int:
         """Tokens that a response to this request may have."""
@@ -177,6 +180,7 @@ class VllmEngine:
                 temperature=temperature,
                 top_p=self._rollout.top_p,
                 top_k=self._rollout.top_k,
+                min_p=self._rollout.min_p,
                 seed=sample_seed(request.seed, index, len(partial)),
                 max_tokens=collector.budget - len(partial),
                 stop_token_ids=self._stop_tokens,
@@ -366,13 +370,20 @@ def end_of_sequence_tokens(folder: Path) -> list[int]:
 
 @contextlib.contextmanager
 def _process_state_kept() -> Iterator[None]:
-    """Undo what constructing vLLM does to its process: it seeds every generator and disables set_num_threads."""
+    """Undo what constructing vLLM does to its process: it seeds every generator and disables set_num_threads.
+
+    On CPU it also takes streams and events of any card away from torch, which a trainer on another device needs.
+    """
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     set_num_threads = torch.set_num_threads
+    of_card = ("Event", "Stream", "stream", "set_stream", "current_stream") if torch.cuda.is_available() else ()
+    kept = {name: getattr(torch.cuda, name) for name in of_card}
     try:
         yield
     finally:
         torch.set_num_threads = set_num_threads
+        for name, function in kept.items():
+            setattr(torch.cuda, name, function)
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)

@@ -50,6 +50,8 @@ KINDS: dict[str, dict[str, str]] = {
     "cache groups": dict.fromkeys((CPU, NPU), "vllm.v1.kv_cache_interface:KVCacheConfig"),
     "ascend worker": {NPU: "vllm_ascend.worker.worker:NPUWorker"},
     "allocation": {NPU: "vllm_ascend.device_allocator.camem:AllocationData"},
+    "experts' input": {NPU: "vllm_ascend.ops.fused_moe.moe_stage_contracts:MoEMlpComputeInput"},
+    "experts' weights": {NPU: "vllm_ascend.ops.fused_moe.moe_stage_contracts:MoEWeights"},
     "ascend configuration": {NPU: "vllm_ascend.ascend_config:AscendConfig"},
     "capturer": dict.fromkeys(
         (CPU, NPU), "vllm.model_executor.layers.fused_moe.routed_experts_capturer:RoutedExpertsCapturer"
@@ -70,6 +72,7 @@ PARTS = {
     "configuration.model_config": "model configuration",
     "engine.output_processor": "outputs",
     "ascend worker.vllm_config": "configuration",
+    "experts' input.weights": "experts' weights",
     "runner.sampler": "sampler",
     "runner.input_batch": "batch",
     "runner.cache_config": "cache configuration",
@@ -104,6 +107,11 @@ NAMES: dict[str, dict[str, str]] = {
     "weight_target.py": {"vllm_config": "configuration"},
     "merge.py": {"vllm_config": "configuration"},
     "ascend/sleep.py:SleepMode": {"self._worker": "ascend worker", "each": "allocation"},
+    "ascend/decode.py": {
+        "mlp_compute_input": "experts' input",
+        "given": "experts' input",
+        "weights": "experts' weights",
+    },
     "ascend/rewrite.py": {"config": "ascend configuration", "vllm_config": "configuration"},
 }
 """Names in the files of this package (or in one class or function of a file) that stand for an object of vLLM's, and

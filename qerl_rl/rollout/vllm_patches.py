@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from qerl_rl.config.schema import RolloutConfig
+from qerl_rl.rollout.ascend.decode import fuse_small_int4_experts
 from qerl_rl.rollout.cpu_norm import norms_stay_in_cache
 from qerl_rl.rollout.partial_prefill import partial_prompts_draw_from_spare_generators
 from qerl_rl.rollout.patching import existing
@@ -23,9 +25,12 @@ _applied: set[str] = set()
 SHARED_MEMORY = "/dev/shm"
 
 
-def apply_patches() -> None:
-    """Apply what this platform needs, once. Call it after `configure_environment()` and before an engine is made."""
-    for patch in PATCHES.get(platform_name(), ()):
+def apply_patches(rollout: RolloutConfig | None = None) -> None:
+    """Apply what this platform needs and `rollout` asks for, once. Call it after `configure_environment()` and before
+    an engine is made."""
+    platform = platform_name()
+    wanted = platform == "910" and rollout is not None and rollout.ascend.fused_int4_decode
+    for patch in (*PATCHES.get(platform, ()), *((fuse_small_int4_experts,) if wanted else ())):
         if patch.__name__ not in _applied:
             patch()
             _applied.add(patch.__name__)
@@ -165,6 +170,20 @@ def quantized_experts_without_amx() -> None:
         owner._supports_current_device = staticmethod(functools.partial(_either, original, vnni))
 
 
+def quantized_experts_of_any_routing() -> None:
+    """Let the int8 and int4 CPU experts follow every router.
+
+    Without it they know plain softmax alone and refuse DeepSeek's, although the router is a module of its own that
+    hands them expert ids and weights (the class for bfloat16 says so of itself).
+    """
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    for name in ("CPUExpertsInt8", "CPUExpertsInt4"):
+        owner = existing(cpu_moe, name)
+        existing(owner, "_supports_routing_method")
+        owner._supports_routing_method = staticmethod(lambda routing_method, weight_key, activation_key: True)
+
+
 def _either(first: Callable[[], bool], second: Callable[[], bool]) -> bool:
     return first() or second()
 
@@ -253,6 +272,27 @@ def _reduce_scatterv(self: Any, input_: torch.Tensor, dim: int = -1, sizes: list
     return total[start : start + sizes[self.rank_in_group]].clone()
 
 
+def rotary_of_parts_of_heads() -> None:
+    """Give the CPU kernel of rotary embedding rows of heads that follow each other.
+
+    Without it latent attention without YaRN is wrong: it hands over a slice of each head, [tokens, heads, width], of
+    which the kernel, that counts heads by the last dimension, turns the first. (With YaRN vLLM computes in torch.)
+    """
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    original = existing(RotaryEmbedding, "forward_cpu")
+
+    @functools.wraps(original)
+    def forward_cpu(self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
+        if query.dim() != 3:
+            return original(self, positions, query, key)
+        rows = [None if x is None else x.flatten(1).contiguous() for x in (query, key)]
+        turned = original(self, positions, *rows)
+        return tuple(x if x is None else x.view(was.shape) for x, was in zip(turned, (query, key), strict=True))
+
+    RotaryEmbedding.forward_cpu = forward_cpu
+
+
 def numa_policy_left_alone() -> None:
     """Don't let the engine set this process' memory policy.
 
@@ -270,11 +310,13 @@ PATCHES: dict[str, tuple[Callable[[], None], ...]] = {
         unlink_message_queues_early,
         cpu_experts_honour_expert_map,
         quantized_experts_without_amx,
+        quantized_experts_of_any_routing,
         int4_experts_of_any_group_size,
         int8_products_keep_their_scales,
         cpu_communicator_gathers_unequal_parts,
         numa_policy_left_alone,
         norms_stay_in_cache,
+        rotary_of_parts_of_heads,
         partial_prompts_draw_from_spare_generators,
     ),
     "910": (unlink_message_queues_early,),

@@ -70,8 +70,10 @@ def _offer(stored: StoredExperts, experts: slice, share: tuple[int, int]) -> Bas
 
 
 def _alike(own: Base, offer: Base) -> bool:
-    """Whether both are weights of one shape in one format."""
+    """Whether both are weights of one shape in one format on one device (an engine may run beside the card)."""
     if own.format is None or offer.format is None or len(own.tensors[0]) != len(offer.tensors[0]):
+        return False
+    if own.tensors[0].device != offer.tensors[0].device:
         return False
     formats = [(base.format.name, base.format.group_size, base.format.parts) for base in (own, offer) if base.format]
     return formats[0] == formats[1] and (own.outputs, own.inputs) == (offer.outputs, offer.inputs)

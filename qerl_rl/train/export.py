@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.slots import ROUTER_BIAS
 from qerl_rl.quant.checkpoint import ShardWriter, read_config
 from qerl_rl.train.export_check import check_adapters, check_merged
 
@@ -43,7 +44,8 @@ def write_merged(folder: Path, source: Path, weights: Iterable[tuple[str, torch.
     (folder / "config.json").unlink(missing_ok=True)
     writer = ShardWriter(folder)
     for name, tensor in weights:
-        writer.add(name, tensor.to(torch.bfloat16))
+        # Scores of sigmoid routers differ by less than bfloat16 tells apart.
+        writer.add(name, tensor if name.endswith(ROUTER_BIAS) else tensor.to(torch.bfloat16))
     writer.finish()
     check_merged(folder, source)
     for pattern in TOKENIZER_FILES:
@@ -95,7 +97,7 @@ def unfused(adapters: Mapping[str, torch.Tensor], architecture: MoeArchitecture)
             yield from (
                 (f"{parent}.{key}_proj.{matrix}", part) for key, part in zip(("gate", "up"), parts, strict=True)
             )
-        elif kind in ("o_proj", "down_proj"):
+        elif kind not in ("w13", "w2"):
             yield name, tensor
         else:
             parent = parent.replace(".mlp.", f".{architecture.mlp_name}.")
@@ -110,9 +112,9 @@ def unfused(adapters: Mapping[str, torch.Tensor], architecture: MoeArchitecture)
 
 def peft_config(lora: LoraConfig, architecture: MoeArchitecture, base: str) -> dict[str, Any]:
     """PEFT's adapter_config.json."""
-    attention = ["q_proj", "k_proj", "v_proj", "o_proj"] if lora.attention else []
     experts = [f"experts.{e}.{name}" for e in range(architecture.experts) for name in architecture.expert_weight_names]
-    shared = [f"shared_expert.{name}_proj" for name in ("gate", "up", "down")]
+    shared = [f"{architecture.names.shared_expert}.{name}_proj" for name in ("gate", "up", "down")]
+    dense = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -124,8 +126,16 @@ def peft_config(lora: LoraConfig, architecture: MoeArchitecture, base: str) -> d
         "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": [
-            *attention,
+            *(_attention_modules(architecture) if lora.attention else []),
             *(experts if lora.experts else []),
             *(shared if lora.shared_experts and architecture.shared_expert_width else []),
+            *(dense if lora.shared_experts and architecture.dense_layers else []),
         ],
     }
+
+
+def _attention_modules(architecture: MoeArchitecture) -> list[str]:
+    if architecture.latent is None:
+        return ["q_proj", "k_proj", "v_proj", "o_proj"]
+    queries = ["q_a_proj", "q_b_proj"] if architecture.latent.query_rank else ["q_proj"]
+    return [*queries, "kv_a_proj_with_mqa", "o_proj"]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from qerl_rl.layout.slots import ROUTER_BIAS
 from qerl_rl.quant.checkpoint import CheckpointReader, read_config
 
-EXPORTED_DTYPE = "BF16"
+EXPORTED_DTYPE, ROUTER_BIAS_DTYPE = "BF16", "F32"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 """Buffers that older checkpoints store though the config determines them."""
 
@@ -20,25 +23,30 @@ class ExportError(RuntimeError):
 
 
 def check_merged(folder: Path, source: Path) -> None:
-    """Compare the safetensors in `folder` with the model folder `source`: the same names and shapes, all bfloat16.
+    """Compare the safetensors in `folder` with the model folder `source`: the same names and shapes, bfloat16.
 
     Quantized weights count as the one tensor they stand for. What transformers would not load either is not expected:
-    the output layer of a model with tied embeddings, rotary frequencies.
+    the output layer of a model with tied embeddings, rotary frequencies, the layer of multi-token prediction.
     Raises: ExportError.
     """
     with CheckpointReader(source) as original, CheckpointReader(folder) as written:
-        tied = read_config(source).get("tie_word_embeddings", False)
-        expected = {name for name in original.weights() if _is_weight(name, tied)}
+        config = read_config(source)
+        expected = {name for name in original.weights() if _is_weight(name, config)}
         _same_names(expected, set(written), folder)
         for name in sorted(expected):
             found, needed = written.shape(name), original.weight_shape(name)
             if found != needed:
                 raise ExportError(f"{name} in {folder} has shape {found}, not {needed}")
-            if written.dtype(name) != EXPORTED_DTYPE:
-                raise ExportError(f"{name} in {folder} is {written.dtype(name)}, not {EXPORTED_DTYPE}")
+            dtype = ROUTER_BIAS_DTYPE if name.endswith(ROUTER_BIAS) else EXPORTED_DTYPE
+            if written.dtype(name) != dtype:
+                raise ExportError(f"{name} in {folder} is {written.dtype(name)}, not {dtype}")
 
 
-def _is_weight(name: str, tied: bool) -> bool:
+def _is_weight(name: str, config: Mapping[str, Any]) -> bool:
+    layer = _LAYER.match(name)
+    if layer and int(layer[1]) >= config["num_hidden_layers"]:
+        return False  # Multi-token prediction.
+    tied = config.get("tie_word_embeddings", False)
     return not (_RECOMPUTED.search(name) or (tied and name == "lm_head.weight"))
 
 

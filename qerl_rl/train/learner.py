@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,18 @@ import torch.distributed as dist
 
 from qerl_rl.algorithms.sequences import AGGREGATIONS, PAIR_MEAN, TOKEN_MEAN
 from qerl_rl.config.errors import ConfigError
-from qerl_rl.config.schema import Config
+from qerl_rl.config.schema import Config, TrainConfig
 from qerl_rl.platform.state_store import StateStore
 from qerl_rl.train import checkpoint
 from qerl_rl.train.exchange import sum_over_ranks
+from qerl_rl.train.load_balance import balance_metrics, load_balances
 from qerl_rl.train.model_engine import ModelEngine
 from qerl_rl.train.samples import Samples
 
 if TYPE_CHECKING:
     from qerl_rl.train.passes import LossFunction
 
+STAGES = "train.layers_per_stage"
 PARALLEL_SIZES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel")
 
 
@@ -68,7 +70,8 @@ class LearningEngine(ModelEngine):
             tokens of weight * loss with its gradients, and sums over the tokens (or pairs) by name. Scores are
             log_probs and entropy of a policy, the values of a critic.
         Returns, the same on every rank: each metric divided by all response tokens (or pairs), `loss` (divided by all
-            tokens, samples or pairs), `grad_norm` (before clipping) and `learning_rate`.
+            tokens, samples or pairs), `grad_norm` (before clipping) and `learning_rate`; with
+            train.router_load_balancing=aux_loss what `balance_metrics` says.
         Raises: ValueError when no rank has a response token; FloatingPointError when the gradient norm is not finite.
         """
         self._require_state("update")
@@ -79,7 +82,11 @@ class LearningEngine(ModelEngine):
         self._state.set_learning_rate(learning_rate)
         self._state.zero_gradients()
         constant = self.config.loss_constant_tokens
-        sums = self._passes.accumulate_gradients(packs, loss_function, aggregation=aggregation, constant=constant)
+        balances = load_balances(packs, self.config.train.router_aux_loss_coefficient, aggregation, constant)
+        sums = self._passes.accumulate_gradients(
+            packs, loss_function, aggregation=aggregation, constant=constant, balances=balances
+        )
+        balance = balance_metrics(balances, self.device)
         counts = {"#tokens": float(samples.response_tokens), "#samples": float(len(samples))}
         totals = sum_over_ranks({**sums, **counts} if self.is_output_rank else {}, self.device)
         tokens, sequences = totals.pop("#tokens"), totals.pop("#samples")
@@ -92,6 +99,7 @@ class LearningEngine(ModelEngine):
         counted = sequences / 2 if aggregation == PAIR_MEAN else tokens
         metrics = {name: value / counted for name, value in totals.items() if name != "loss"}
         loss = totals["loss"] / (counted if aggregation in (TOKEN_MEAN, PAIR_MEAN) else sequences)
+        metrics |= balance
         return {**metrics, "loss": loss, "grad_norm": float(grad_norm), "learning_rate": learning_rate}
 
     def _learning_rate(self) -> float:
@@ -132,7 +140,7 @@ class LearningEngine(ModelEngine):
     def _check_layout(self, written: Mapping[str, Any]) -> bool:
         """Whether a checkpoint's layout is this one. Raises: ConfigError where nothing can be regrouped."""
         own = self._layout()
-        different = {key for key in own if written.get(key) != own[key]}
+        different = {key for key in own if written.get(key, "") != own[key]}
         fixed = {key for key in different if key.startswith("lora.") or not self.has_adapters}
         if fixed:
             pairs = ", ".join(f"{key}={written.get(key)} (now {own[key]})" for key in sorted(fixed))
@@ -153,7 +161,8 @@ class LearningEngine(ModelEngine):
         from qerl_rl.train.regroup import full_state, local_state
 
         written, layers = meta["layout"], self.architecture.layers
-        sizes = ParallelSizes(*(written[f"train.{name}"] for name in PARALLEL_SIZES))
+        stages = TrainConfig(layers_per_stage=written.get(STAGES, "")).stage_layers
+        sizes = replace(ParallelSizes(*(written[f"train.{name}"] for name in PARALLEL_SIZES)), layers_per_stage=stages)
         slots = trained_slots(self.architecture, self.config.lora, self.model.head)
         places = [Coordinates(**place) for place in meta["places"]]
         shards = ((place, self._shard(folder, meta, place.rank)) for place in places)
@@ -173,6 +182,7 @@ class LearningEngine(ModelEngine):
         return {
             "ranks": dist.get_world_size(),
             **{f"train.{name}": getattr(train, name) for name in PARALLEL_SIZES},
+            STAGES: train.layers_per_stage,
             "train.dtype": train.dtype,
             "lora.rank": lora.rank,
             "lora.attention": lora.attention,

@@ -41,7 +41,7 @@ class ModelEngine:
     def __init__(self, config: Config, store: StateStore | None, *, head: str) -> None:
         self.config = config
         device = detect(config.train.device)
-        prepare_megatron(device)
+        prepare_megatron(device, config)
         # These import megatron, which must see the prepared process.
         from qerl_rl.model.build import build_model
         from qerl_rl.model.parallel import initialize_parallel
@@ -57,6 +57,8 @@ class ModelEngine:
             self.model = build_model(self.architecture, config.train, lora, formats, head=head, seed=config.run.seed)
             """The GPTModel of this rank."""
             load_hf(self.model, reader, self.architecture)
+        # Built and filled in the host's memory, since a checkpoint is read there.
+        self.model.to(self.device)
         self._store = store or state_store(device)
         self._offloader = Offloader(self._store)
 

@@ -17,8 +17,9 @@ def noisy_norms(model: torch.nn.Module, noise: Noise) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in model.decoder.layers if noise.sigma else ():
             prefix = f"model.layers.{layer.layer_number - 1}"
+            router = getattr(layer.mlp, "router", None)  # A dense layer has none.
             _add(stack, noise, f"{prefix}.input_layernorm.weight", layer.input_layernorm)
-            _add(stack, noise, f"{prefix}.post_attention_layernorm.weight", layer.pre_mlp_layernorm, layer.mlp.router)
+            _add(stack, noise, f"{prefix}.post_attention_layernorm.weight", layer.pre_mlp_layernorm, router)
         yield
 
 

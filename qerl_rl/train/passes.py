@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from qerl_rl.algorithms.sequences import sequence_ids, token_weights
+from qerl_rl.model.load_balance import LoadBalance
 from qerl_rl.model.routing_replay import RoutedSequences
 from qerl_rl.train.packing import Pack
 from qerl_rl.train.scores import vocab_parallel_scores
@@ -91,16 +93,28 @@ class Passes:
         def collect(pack: Pack, *scores: torch.Tensor) -> tuple:
             return scores[0].sum(), pack.response_lengths.sum().int(), scores
 
-        with torch.no_grad():
-            return self._run(packs, collect, forward_only=True)
+        # What only training does: a routing that depends on the other tokens of a micro-batch, and recomputation.
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                return self._run(packs, collect, forward_only=True)
+        finally:
+            self._model.train()
 
     def accumulate_gradients(
-        self, packs: Sequence[Pack], loss_function: LossFunction, *, aggregation: str, constant: int
+        self,
+        packs: Sequence[Pack],
+        loss_function: LossFunction,
+        *,
+        aggregation: str,
+        constant: int,
+        balances: Sequence[LoadBalance] | None = None,
     ) -> dict[str, float]:
         """Add the gradients of all packs of all ranks to the gradient buffers, weighted and divided by what
         `qerl_rl.algorithms.sequences.token_weights` gives for the aggregation and its constant.
 
         The loss function finds, beside the samples' columns, `sequence_ids`: the sample of each token, int64 [T].
+        Args: balances: of each pack, the loss that keeps experts equally busy; None has none.
         Returns: sums over this rank's response tokens: `loss` and what the loss function names.
         """
 
@@ -116,24 +130,31 @@ class Passes:
             return loss, normalizer, sums
 
         totals: dict[str, float] = {}
-        for sums in self._run(packs, weigh, forward_only=False):
+        for sums in self._run(packs, weigh, forward_only=False, balances=balances):
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value
         return totals
 
-    def _run(self, packs: Sequence[Pack], finish: Callable[..., tuple], *, forward_only: bool) -> list[Any]:
+    def _run(
+        self,
+        packs: Sequence[Pack],
+        finish: Callable[..., tuple],
+        *,
+        forward_only: bool,
+        balances: Sequence[LoadBalance] | None = None,
+    ) -> list[Any]:
         """`finish` makes Megatron's (loss, normalizer, result) of a pack and its scores; the results come in order."""
 
-        def forward(iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., tuple]]:
-            pack = next(iterator)
+        def forward(iterator: Iterator[tuple], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., tuple]]:
+            pack, balance = next(iterator)
             if self._selection:
                 self._selection.positions = pack.positions
-            output = model(pack.tokens, pack.position_ids, None, packed_seq_params=packed_parameters(pack))
+            output = model(pack.tokens, pack.position_ids, None, packed_seq_params=packed_parameters(pack, balance))
             return output, lambda output: finish(pack, *self._score(output, pack))
 
         return get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter(packs),
+            data_iterator=zip(packs, balances or itertools.repeat(None, len(packs)), strict=True),
             model=[self._model],
             num_microbatches=len(packs),
             # Shapes differ by pack: the stages tell each other (variable_seq_lengths), this only has to be a number.
@@ -143,10 +164,11 @@ class Passes:
         )
 
 
-def packed_parameters(pack: Pack) -> RoutedSequences:
-    """Where the sequences of a pack lie, as Megatron takes it, and what its routers must choose."""
+def packed_parameters(pack: Pack, balance: LoadBalance | None = None) -> RoutedSequences:
+    """Where the sequences of a pack lie, as Megatron takes it, and what its routers must choose and are balanced by."""
     return RoutedSequences(
         pack.forced,
+        balance,
         qkv_format="thd",
         cu_seqlens_q=pack.cumulative_lengths,
         cu_seqlens_kv=pack.cumulative_lengths,

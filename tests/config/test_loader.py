@@ -51,7 +51,9 @@ def test_interpolation_resolves(tmp_path):
 
 
 def test_config_survives_the_trip_to_another_process(tmp_path):
-    config = load_config(write(tmp_path, VALID + "cluster: {environment: {A: 1}}\n")).config
+    text = "cluster: {environment: {A: 1}}\nrollout: {ascend: {capture_sizes: [1, 8], fused_mc2: 1}}\n"
+    config = load_config(write(tmp_path, VALID + text)).config
+    assert config.rollout.ascend.capture_sizes == [1, 8]
     assert from_dict(dataclasses.asdict(config)) == config
     assert load_config(write(tmp_path, to_yaml(config))).config == config
 
@@ -69,6 +71,9 @@ def test_config_survives_the_trip_to_another_process(tmp_path):
         ("reward: {functions: {math: }}\n", [], "functions.math=None is not a number", "a number", ":7"),
         ("reward: {functions: [math]}\n", [], "functions=['math'] is not a mapping", "KEY: value", ":7"),
         ("", ["noise=3"], "noise=3 is no section", "below noise", "command line"),
+        ("", ["rollout.ascend.sleep=1"], "unknown key rollout.ascend.sleep", "rollout.ascend.sleep_mode", "line"),
+        ("rollout: {ascend: {capture_sizes: 8}}\n", [], "capture_sizes=8 is no list", "as [1, 2, 4]", ":7"),
+        ("", ["rollout.ascend.capture_sizes=[1, 2.5]"], "is no list of whole numbers", "as [1, 2, 4]", "line"),
         ("", ["data.prompt_template={a} {b}"], "value of data.prompt_template is not", "put quotes", "command line"),
         ("", ["steps"], "'steps' is not an override", "section.key=value", "command line"),
         ("train: {learning_rate: '${no.such}'}\n", [], "no.such", "interpolation", "launch.yaml"),
@@ -114,6 +119,8 @@ def test_a_single_reward_weighs_one_and_exact_is_the_default(tmp_path):
     ("overrides", "problem", "fix"),
     [
         (["train.tensor_parallel=3"], "does not divide cluster.workers=2", "multiple of 3"),
+        (["train.pipeline_parallel=2", "train.layers_per_stage=2,x"], "2,x are no numbers", "write 2 numbers"),
+        (["train.layers_per_stage=3,2"], "3,2 are 2 stages, train.pipeline_parallel is 1", "pipeline_parallel to 2"),
         (["train.expert_parallel=4"], "train.expert_parallel=4", "divisor of 2"),
         (
             ["train.tensor_parallel=2", "train.sequence_parallel=false"],
@@ -178,7 +185,11 @@ def test_a_single_reward_weighs_one_and_exact_is_the_default(tmp_path):
         (["data.max_prompt_tokens=129"], "exceeds rollout.max_prompt_tokens=128", "to 128 or less"),
         (["eval.samples=0"], "eval.samples=0 is too small", "1 or more"),
         (["eval.temperature=0"], "eval.temperature=0.0 is not positive", "above 0"),
-        (["rollout.max_batched_tokens=100"], "is less than model.max_length=512", "to 512 or more"),
+        (["rollout.max_batched_tokens=100"], "is less than model.max_length=512", "rollout.chunked_prefill to true"),
+        (["rollout.chunked_prefill=true", "rollout.max_batched_tokens=100"], "rollout.max_sequences=128", "to 128"),
+        (["rollout.kv_cache_dtype=int4"], "rollout.kv_cache_dtype=int4 is unknown", "or int8"),
+        (["rollout.ascend.weight_nz_mode=3"], "rollout.ascend.weight_nz_mode=3 is unknown", "to 0 or 1 or 2"),
+        (["rollout.ascend.eplb_collection_steps=0"], "eplb_collection_steps=0 is too small", "1 or more"),
         (["rollout.carry_prompts=-1"], "rollout.carry_prompts=-1 is too small", "0 or more"),
         (["rollout.carry_max_age=0"], "rollout.carry_max_age=0 is too small", "1 or more"),
         (

@@ -14,10 +14,17 @@ import yaml
 import launch
 from qerl_rl.config.schema import Config
 from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.parts import LatentAttention
 from trainer import ascend
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FAMILIES = {"qwen3": "qwen3_moe", "qwen2": "qwen2_moe", "qwen15": "qwen2_moe", "mixtral": "mixtral"}
+FAMILIES = {
+    "qwen3": "qwen3_moe",
+    "qwen2": "qwen2_moe",
+    "qwen15": "qwen2_moe",
+    "mixtral": "mixtral",
+    "deepseek": "deepseek_v3",
+}
 SHARED_WIDTHS = {"qwen2_57b_a14b": 20480, "qwen15_moe_a27b": 5632}
 RECIPES = {
     "grpo_qwen3_30b_a3b_16npu": ("qwen3_30b_a3b", "16 = tensor 4 x pipeline 1 x data 4; experts over 8 x tensor 1"),
@@ -28,6 +35,7 @@ RECIPES = {
     ),
     "grpo_qwen2_57b_a14b_16npu": ("qwen2_57b_a14b", "16 = tensor 4 x pipeline 1 x data 4; experts over 8 x tensor 1"),
     "grpo_qwen15_moe_a27b_4npu": ("qwen15_moe_a27b", "4 = tensor 2 x pipeline 1 x data 2; experts over 4 x tensor 1"),
+    "grpo_deepseek_v3_128npu": ("deepseek_v3", "256 = tensor 4 x pipeline 8 x data 8; experts over 32 x tensor 1"),
     "grpo_mixtral_8x7b_8npu": ("mixtral_8x7b", "8 = tensor 4 x pipeline 1 x data 2; experts over 8 x tensor 1"),
 }
 # The data sets and chat templates of the recipes are not here.
@@ -56,6 +64,8 @@ def hf_config(name: str) -> dict:
         "rope_theta": sizes["rotary_base"],
         "tie_word_embeddings": not sizes["untie_embeddings_and_output_weights"],
     }
+    if family == "deepseek_v3":
+        return config | deepseek_config(sizes)
     if family == "mixtral":
         return config | {"num_local_experts": sizes["num_experts"]}
     config |= {
@@ -66,6 +76,31 @@ def hf_config(name: str) -> dict:
     if family == "qwen3_moe":
         return config | {"head_dim": sizes["kv_channels"]}
     return config | {"shared_expert_intermediate_size": SHARED_WIDTHS[name], "qkv_bias": sizes["add_qkv_bias"]}
+
+
+def deepseek_config(sizes: dict) -> dict:
+    names = {
+        "n_routed_experts": "num_experts",
+        "moe_intermediate_size": "moe_ffn_hidden_size",
+        "qk_nope_head_dim": "qk_head_dim",
+        "qk_rope_head_dim": "qk_pos_emb_head_dim",
+        "n_group": "moe_router_num_groups",
+        "topk_group": "moe_router_group_topk",
+        "scoring_func": "moe_router_score_function",
+        "routed_scaling_factor": "moe_router_topk_scaling_factor",
+    }
+    alike = ["q_lora_rank", "kv_lora_rank", "v_head_dim", "first_k_dense_replace", "n_shared_experts", "norm_topk_prob"]
+    rope = {
+        "type": sizes["rope_scaling_type"],
+        "factor": sizes["rope_scaling_factor"],
+        "original_max_position_embeddings": sizes["rope_scaling_original_max_position_embeddings"],
+        "mscale": sizes["rope_scaling_mscale"],
+        "mscale_all_dim": sizes["rope_scaling_mscale_all_dim"],
+        **{name: sizes[name] for name in ("beta_fast", "beta_slow")},
+    }
+    method = "noaux_tc" if sizes["moe_router_enable_expert_bias"] else "none"
+    config = {name: sizes[key] for name, key in (names | dict(zip(alike, alike, strict=True))).items()}
+    return config | {"topk_method": method, "rope_scaling": rope}
 
 
 @pytest.fixture
@@ -109,15 +144,33 @@ def parameters(architecture: MoeArchitecture) -> int:
     """All of a model's weights, from its sizes (biases and norms too)."""
     hidden, experts = architecture.hidden_size, architecture.experts
     attention = 2 * hidden * (architecture.query_size + architecture.key_value_size) + 2 * hidden
+    if architecture.latent:
+        attention = latent_attention(architecture, architecture.latent) + 2 * hidden
     if architecture.qkv_bias:
         attention += architecture.query_size + 2 * architecture.key_value_size
     if architecture.qk_norm:
         attention += 2 * architecture.head_dim
     mixture = 3 * hidden * architecture.expert_width * experts + hidden * experts
     if architecture.shared_expert_width:
-        mixture += 3 * hidden * architecture.shared_expert_width + hidden
+        mixture += 3 * hidden * architecture.shared_expert_width + hidden * architecture.shared_expert_gate
+    if architecture.routing.has_bias:
+        mixture += experts
+    dense = 3 * hidden * architecture.dense_width
     embeddings = architecture.vocabulary_size * hidden * (1 if architecture.tied_embeddings else 2)
-    return architecture.layers * (attention + mixture) + embeddings + hidden
+    mixtures = architecture.layers - architecture.dense_layers
+    return (
+        architecture.layers * attention + mixtures * mixture + architecture.dense_layers * dense + embeddings + hidden
+    )
+
+
+def latent_attention(architecture: MoeArchitecture, latent: LatentAttention) -> int:
+    """Projections of one layer with the norms between them."""
+    hidden, heads = architecture.hidden_size, architecture.attention_heads
+    assert latent.query_rank is not None
+    queries = latent.query_rank * (hidden + 1 + heads * (latent.nope_head_dim + latent.rope_head_dim))
+    down = hidden * (latent.key_value_rank + latent.rope_head_dim) + latent.key_value_rank
+    up = latent.key_value_rank * heads * (latent.nope_head_dim + latent.value_head_dim)
+    return queries + down + up + heads * latent.value_head_dim * hidden
 
 
 # Billions, from the models' pages and papers.
@@ -127,6 +180,8 @@ PUBLISHED = {
     "qwen2_57b_a14b": 57.4,
     "qwen15_moe_a27b": 14.3,
     "mixtral_8x7b": 46.7,
+    # 685 on disk, of which 14 are the layer of multi-token prediction.
+    "deepseek_v3": 671.0,
 }
 
 

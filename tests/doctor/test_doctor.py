@@ -12,14 +12,15 @@ import pytest
 from qerl_rl import __main__ as command_line
 from qerl_rl.doctor import command, findings
 from qerl_rl.doctor.findings import MISSING, NOTE, PINS, WITHOUT_DEPENDENCIES, examine, installed_platform
-from qerl_rl.doctor.machine import Machine, checkout, installed_version, shadowed, toolkit_version
+from qerl_rl.doctor.machine import TOOLS, Machine, checkout, installed_version, shadowed, toolkit_version
+from qerl_rl.platform import npu_adaptor
 
 ROOT = Path(__file__).parents[2]
 
 
 def machine(platform: str, **changes: object) -> Machine:
     """A machine that has all that the platform needs, but for the changes."""
-    versions = PINS[platform] | WITHOUT_DEPENDENCIES
+    versions = PINS["npu" if platform == "npu" else "cpu"] | WITHOUT_DEPENDENCIES
     whole = Machine(
         python="3.11.9",
         versions=versions.get,
@@ -31,12 +32,13 @@ def machine(platform: str, **changes: object) -> Machine:
         cores=8,
         processor_flags=frozenset({"amx_tile"}),
         toolkit="8.3.RC1",
+        tools=frozenset(TOOLS if platform == "npu-sim" else ()),
         has_driver=platform == "npu",
     )
     return replace(whole, **changes)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "npu"])
+@pytest.mark.parametrize("platform", ["cpu", "npu", "npu-sim"])
 def test_a_whole_machine_has_nothing_to_report(platform: str) -> None:
     found = examine(machine(platform), platform)
     assert {finding.status for finding in found} == {findings.GOOD}
@@ -55,11 +57,18 @@ def without(platform: str, name: str) -> dict:
         ("cpu", without("cpu", ""), "megatron-core", MISSING, "pip install --no-deps megatron-core==0.12.1"),
         ("npu", without("npu", "triton-ascend"), "triton-ascend", MISSING, "pip install triton-ascend==3.2.2"),
         ("npu", {"shadows": lambda name: f"{name} is hidden"}, "import of vllm", MISSING, "uninstall"),
-        ("npu", {"checkouts": lambda module: None}, "MindSpeed", MISSING, "git clone -b core_r0.12.1"),
+        ("npu", {"checkouts": lambda module: None}, "MindSpeed", MISSING, "git clone -b 2.3.0_core_r0.12.1"),
         ("npu", {"checkouts": lambda module: None}, "MindSpeed-RL", NOTE, "git clone"),
-        ("npu", {"checkouts": lambda module: ("/x", "master")}, "MindSpeed", NOTE, "git checkout core_r0.12.1 in /x"),
+        (
+            "npu",
+            {"checkouts": lambda module: ("/x", "master")},
+            "MindSpeed",
+            NOTE,
+            "git checkout 2.3.0_core_r0.12.1 in /x",
+        ),
         ("npu", {"toolkit": None}, "CANN", MISSING, "set_env.sh"),
         ("npu", {"toolkit": "8.2.RC1"}, "CANN", MISSING, "newer"),
+        ("npu-sim", {"tools": frozenset({"gcc", "nm"})}, "readelf", MISSING, "install binutils"),
         ("npu", {"has_driver": False}, "Ascend cards", MISSING, "npu-smi"),
         ("npu", {"environment": {"HCCL_SOCKET_IFNAME": "eth7"}}, "HCCL_SOCKET_IFNAME", MISSING, "lo, eth0"),
         ("cpu", {"environment": {"GLOO_SOCKET_IFNAME": "=eth"}}, "GLOO_SOCKET_IFNAME", MISSING, "lo, eth0"),
@@ -73,6 +82,27 @@ def test_what_is_missing_is_named_with_what_to_do(
     found = {finding.what: finding for finding in examine(machine(platform, **changes), platform)}
     assert found[what].status == status
     assert advice in found[what].advice
+
+
+def test_a_provider_needs_its_own_checkouts_and_what_they_stand_on() -> None:
+    none = machine("npu", checkouts=lambda module: None)
+    missing = {
+        provider: {finding.what for finding in examine(none, "npu", provider) if finding.status == MISSING}
+        for provider in findings.PROVIDERS
+    }
+    assert missing == {"megatron": {"MindSpeed"}, "mindspeed_llm": {"MindSpeed", "MindSpeed-LLM", "Megatron-LM"}}
+    branches = {module: branch for module, (_, branch, _) in findings.CHECKOUTS.items()}
+    there = machine("npu", checkouts=lambda module: ("/x", branches[module] or "master"))
+    assert {finding.status for finding in examine(there, "npu", "mindspeed_llm")} == {findings.GOOD}
+
+
+@pytest.mark.parametrize("provider", findings.PROVIDERS)
+def test_the_adaptor_names_the_same_branches(provider: str) -> None:
+    advice = " ".join(findings.CHECKOUTS[module][2] for module in findings.PROVIDERS[provider])
+    named = {"megatron": [npu_adaptor.MINDSPEED_BRANCH]}.get(
+        provider, [npu_adaptor.MINDSPEED_LLM_BRANCH, npu_adaptor.MEGATRON_BRANCH]
+    )
+    assert all(f"-b {branch} " in advice for branch in named)
 
 
 @pytest.mark.parametrize("value", ["eth0", "eth", "=eth0", "lo,eth0", "^docker"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from examples.best_of_n import best_only, close, negative_log_likelihood
 from examples.reinforce_leave_one_out import reward
 from qerl_rl.algorithms.advantages import Outcome
 from qerl_rl.config.schema import AlgorithmConfig
-from transfer_dock.arena import SHARED_MEMORY, sweep
+from tests.trainer.runs import finished
 
-ROOT = Path(__file__).parents[2]
 SMALL = [
     "run.steps=2",
     "algorithm.prompts_per_step=4",
@@ -28,13 +26,7 @@ SMALL = [
 
 
 def run(command: list[str], model: str, folder: Path) -> str:
-    keys = [f"model.path={model}", f"run.output_dir={folder}", *SMALL]
-    done = subprocess.run(
-        [sys.executable, *command, *keys], cwd=ROOT, capture_output=True, text=True, timeout=420, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert sweep(SHARED_MEMORY) == [], "the dock's memory"
-    return done.stdout
+    return finished([sys.executable, *command, f"model.path={model}", f"run.output_dir={folder}", *SMALL])
 
 
 def test_a_loop_of_ones_own_trains(tmp_path, tiny_w8a8):

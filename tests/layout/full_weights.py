@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
-from qerl_rl.layout.tensors import Architecture, Weights, full_tensors, model_slots
+from qerl_rl.layout.slots import weight_slots
+from qerl_rl.layout.tensors import Weights, full_tensors
 from qerl_rl.quant.checkpoint import CheckpointReader
 
 
-def full_weights(reader: CheckpointReader, architecture: Architecture, weights: Weights) -> dict[str, torch.Tensor]:
+def full_weights(reader: CheckpointReader, architecture: MoeArchitecture, weights: Weights) -> dict[str, torch.Tensor]:
     """Every full tensor by name, as stored (floats in the dtype of `weights`)."""
     parts: dict[str, torch.Tensor] = {}
-    for slot in model_slots(architecture, ParallelSizes()):
+    for slot in weight_slots(architecture, ParallelSizes()):
         format, stack = weights.formats.get((slot.layer, slot.name)), slot.name.rpartition(".")[2]
         stored = [
             reader.parts(piece.name) if format else {"": reader.get(piece.name).to(weights.dtype)}

@@ -10,7 +10,8 @@ import pytest
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import TrainConfig
-from qerl_rl.layout.architecture import MoeArchitecture, check_layout
+from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.fit import check_layout
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3_moe",
@@ -85,9 +86,10 @@ def test_sliding_window_as_long_as_the_context_is_full_attention(tmp_path: Path)
     [
         (TrainConfig(tensor_parallel=8), "tensor_parallel=8", "1 or 2 or 4"),
         (TrainConfig(pipeline_parallel=4), "pipeline_parallel=4", "1 or 2 or 3"),
+        (TrainConfig(pipeline_parallel=2, layers_per_stage="3,4"), "layers_per_stage=3,4", "add up to 6"),
+        (TrainConfig(pipeline_parallel=4, layers_per_stage="1,1,2,2"), "different sizes", "first and the last"),
         (TrainConfig(expert_parallel=3), "expert_parallel=3", "1 or 2"),
         (TrainConfig(tensor_parallel=2, sequence_parallel=False), "sequence_parallel=false", "true"),
-        (TrainConfig(expert_parallel=2, token_dispatcher="allgather"), "token_dispatcher=allgather", "alltoall"),
     ],
 )
 def test_layouts_that_do_not_fit_the_model_are_refused_with_the_fix(

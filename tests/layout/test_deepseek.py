@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qerl_rl.config.schema import TrainConfig
+from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
-from qerl_rl.layout.deepseek import DeepseekArchitecture
 from qerl_rl.layout.engine import EngineLayout
 from qerl_rl.layout.train import TrainLayout
 from tests.model import harness
@@ -123,11 +123,11 @@ def folders(tmp_path: Path) -> list[Path]:
 def test_names_and_shapes_are_those_of_megatrons_layer(folders: list[Path], one_rank: RankPool) -> None:
     [found] = one_rank(_first_layer, folders)
     for folder, shapes in zip(folders, found, strict=True):
-        planned = TrainLayout(DeepseekArchitecture.from_folder(folder), ParallelSizes(), 1).local_shapes(0)
+        planned = TrainLayout(MoeArchitecture.from_folder(folder), ParallelSizes(), 1).local_shapes(0)
         assert {name: shape for name, shape in planned.items() if ".layers.0." in name} == shapes
 
 
 def test_names_and_shapes_are_those_of_vllms_model(folders: list[Path]) -> None:
     [found] = run_engines(_parameters, 1, folders)
     for folder, shapes in zip(folders, found, strict=True):
-        assert EngineLayout(DeepseekArchitecture.from_folder(folder), 1, 1, False).local_shapes(0) == shapes
+        assert EngineLayout(MoeArchitecture.from_folder(folder), 1, 1, False).local_shapes(0) == shapes

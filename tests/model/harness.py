@@ -21,7 +21,8 @@ LENGTHS = [7, 1, 22, 12, 6]
 
 def start(train: TrainConfig, device: str = "cpu") -> None:
     """Process group and Megatron's groups for `train`, in place of those of another layout."""
-    prepare_megatron(detect(device))
+    found = detect(device)
+    prepare_megatron(found)
     from megatron.core import parallel_state
 
     from qerl_rl.model.parallel import current_sizes, initialize_parallel, parallel_sizes
@@ -29,7 +30,7 @@ def start(train: TrainConfig, device: str = "cpu") -> None:
     # Every layout makes about 20 process groups: keep those there are when they fit.
     if parallel_state.model_parallel_is_initialized() and current_sizes() == parallel_sizes(train):
         return
-    fresh_world()
+    fresh_world(found.collective_backend)
     initialize_parallel(train)
 
 

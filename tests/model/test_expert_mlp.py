@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qerl_rl.model.base_weight import Base
+from qerl_rl.model import grouped_experts
+from qerl_rl.model.base_weight import Base, Unpacker
 from qerl_rl.model.expert_mlp import expert_mlp
 from qerl_rl.model.grouped_experts import grouped_expert_mlp
 from qerl_rl.model.grouped_linear import Adapter
@@ -107,6 +108,44 @@ def test_without_a_token_every_gradient_is_zero(kind: str) -> None:
     for leaf in leaves:
         assert leaf.grad is not None
         assert not leaf.grad.any()
+
+
+STORED = {"w8a8": get_format("w8a8"), "w4a8, scales of rows": get_format("w4a8", -1), "w4a16": get_format("w4a16", 32)}
+"""Formats that bfloat16 activations are multiplied with as they are stored."""
+
+
+def _outputs_and_gradients(bases: tuple[Base, Base], rows: list[int]) -> list[torch.Tensor]:
+    leaves = [leaf.detach().to(torch.bfloat16) for leaf in _leaves(sum(rows))]
+    x, a13, b13, a2, b2 = (leaf.requires_grad_() for leaf in (leaves[0], *leaves[2:]))
+    probabilities = leaves[1].float().requires_grad_()
+    adapters = Adapter(a13, b13, SCALING), Adapter(a2, b2, SCALING)
+    y = grouped_expert_mlp(x, probabilities, rows, bases, adapters)
+    y.backward(_random(*y.shape, seed=9).to(torch.bfloat16))
+    found = [y.detach(), *(leaf.grad for leaf in (x, probabilities, a13, b13, a2, b2))]
+    assert all(tensor is not None for tensor in found)
+    return found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize("rows", [[0, 9, 5, 0, 7], [3, 0, 0, 0, 0]])
+def test_products_with_stored_weights_are_bit_for_bit_those_with_their_floats(
+    kind: str, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    format, bases = STORED[kind], []
+    for seed, shape in ((7, (EXPERTS, 2 * WIDTH, HIDDEN)), (8, (EXPERTS, HIDDEN, WIDTH))):
+        parts = format.quantize(_random(*shape, seed=seed) * 0.3)
+        bases.append(Base(tuple(parts[part.suffix] for part in format.parts), format))
+    unpacked: list[int] = []
+    unpack = Unpacker.matrix
+    monkeypatch.setattr(Unpacker, "matrix", lambda self, group: unpacked.append(group) or unpack(self, group))
+    found = _outputs_and_gradients((bases[0], bases[1]), rows)
+    # Floats are made of int4 only, and in backward: of the experts with rows, for both matrices.
+    working = [group for group, count in enumerate(rows) if count]
+    assert unpacked == (working * 2 if kind == "w4a16" else [])
+    monkeypatch.setattr(grouped_experts, "_is_int8", lambda base, dtype: False)
+    monkeypatch.setattr(grouped_experts, "_is_int4", lambda base, dtype: False)
+    for one, other in zip(found, _outputs_and_gradients((bases[0], bases[1]), rows), strict=True):
+        assert torch.equal(one, other)
 
 
 @settings(deadline=None, derandomize=True, max_examples=30)

@@ -23,7 +23,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2-MoE, tied embeddings": ("qwen2_moe", {}),
     "Qwen2-MoE, top-k probabilities not normalized": ("qwen2_moe", {"norm_topk_prob": False, "tied": False}),
     "Mixtral": ("mixtral", {}),
+    # Three experts out of two groups of two: the three best of all are often in three.
+    "DeepSeek-V2": ("deepseek_v2", {"top_k": 3}),
+    "DeepSeek-V2-Lite, YaRN": ("deepseek_v2", {"groups": 1, "query_rank": 0, "yarn": True}),
+    "DeepSeek-V3, YaRN": ("deepseek_v3", {"top_k": 3, "yarn": True}),
+    "DeepSeek-V3, no groups, queries in one projection": ("deepseek_v3", {"groups": 1, "query_rank": 0}),
 }
+PHI = {"Phi-3.5-MoE": ("phimoe", {})}
+"""Apart from the others, since its weights depend on which experts would have been chosen."""
 LORA = LoraConfig(rank=4, alpha=8.0)
 
 
@@ -86,7 +93,7 @@ def _compare_all(folders: dict[str, Path]) -> dict[str, Comparison]:
 
 @pytest.fixture(scope="module")
 def comparisons(tiny_checkpoint: Callable[..., Path], one_rank: RankPool) -> dict[str, Comparison]:
-    folders = {case: tiny_checkpoint(family, **sizes) for case, (family, sizes) in CASES.items()}
+    folders = {case: tiny_checkpoint(family, **sizes) for case, (family, sizes) in (CASES | PHI).items()}
     return one_rank(_compare_all, folders)[0]
 
 
@@ -94,14 +101,14 @@ def _cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return (found * expected).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(expected, axis=-1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *PHI])
 def test_logits_equal_transformers_at_every_position(case: str, comparisons: dict[str, Comparison]) -> None:
     found = comparisons[case]
     assert _cosines(found.packed, found.transformers).min() >= 0.9999
     np.testing.assert_allclose(found.packed, found.transformers, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *PHI])
 def test_packed_sequences_do_not_see_each_other(case: str, comparisons: dict[str, Comparison]) -> None:
     np.testing.assert_allclose(comparisons[case].packed, comparisons[case].separate, atol=1e-5)
 
@@ -145,17 +152,19 @@ def _adapter_gradients(merged: Any, adapters: dict[str, torch.Tensor], scaling: 
     expected = {}
     for name in [name.removesuffix("lora_A") for name in adapters if name.endswith("lora_A")]:
         layer = merged.model.layers[int(name.split(".")[2])]
-        attention, experts, shared = layer.self_attn, layer.mlp.experts, getattr(layer.mlp, "shared_expert", None)
-        gradient = {
-            "self_attn.qkv_proj": lambda a=attention: torch.cat([getattr(a, f"{x}_proj").weight.grad for x in "qkv"]),
-            "self_attn.o_proj": lambda a=attention: a.o_proj.weight.grad,
-            "mlp.experts.w13": lambda e=experts: e.gate_up_proj.grad,
-            "mlp.experts.w2": lambda e=experts: e.down_proj.grad,
-            "mlp.shared_expert.gate_up_proj": lambda s=shared: torch.cat(
-                [s.gate_proj.weight.grad, s.up_proj.weight.grad]
-            ),
-            "mlp.shared_expert.down_proj": lambda s=shared: s.down_proj.weight.grad,
-        }[name.split(".", 3)[3].rstrip(".")]()
+        attention, experts = layer.self_attn, getattr(layer.mlp, "experts", None)
+        parent, _, module = name.rstrip(".").rpartition(".")
+        if module == "gate_up_proj":
+            gated = merged.get_submodule(parent)
+            gradient = torch.cat([gated.gate_proj.weight.grad, gated.up_proj.weight.grad])
+        elif module in ("qkv_proj", "w13", "w2"):
+            gradient = {
+                "qkv_proj": lambda a=attention: torch.cat([getattr(a, f"{x}_proj").weight.grad for x in "qkv"]),
+                "w13": lambda e=experts: e.gate_up_proj.grad,
+                "w2": lambda e=experts: e.down_proj.grad,
+            }[module]()
+        else:
+            gradient = merged.get_submodule(name.rstrip(".")).weight.grad
         expected[f"{name}lora_A"] = (scaling * adapters[f"{name}lora_B"].mT @ gradient).numpy()
         expected[f"{name}lora_B"] = (scaling * gradient @ adapters[f"{name}lora_A"].mT).numpy()
     return expected
@@ -171,6 +180,9 @@ STORED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "NVFP4": ("qwen2_moe", "nvfp4", {}),
     "MXFP4": ("qwen3_moe", "mxfp4", {}),
     "MXFP8": ("qwen2_moe", "mxfp8", {}),
+    "W8A8, DeepSeek-V3": ("deepseek_v3", "w8a8", {}),
+    "W8A8, DeepSeek-V2": ("deepseek_v2", "w8a8", {}),
+    "W8A8, Phi-3.5-MoE": ("phimoe", "w8a8", {}),
     "W4A16 experts, the rest W8A8, one layer bf16": (
         "qwen2_moe",
         "w4a16",

@@ -24,7 +24,7 @@ LAYOUTS = {
     "TP2 EP2": TrainConfig(tensor_parallel=2, expert_parallel=2),
     "TP2 EP2 allgather": TrainConfig(tensor_parallel=2, expert_parallel=2, token_dispatcher="allgather"),
 }
-FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral")
+FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "phimoe", "minicpm")
 LORA = LoraConfig(rank=4, alpha=8.0)
 
 
@@ -170,6 +170,19 @@ def test_layouts_hold_the_same_model_and_give_the_same_gradients(
         assert second["base"] == {}
         _assert_same(first["merged"], expected["merged"], 1e-6)
         assert max(first["loss"], second["loss"]) == pytest.approx(expected["loss"], rel=1e-6), name
+        _assert_same(first["gradients"], expected["gradients"], 2e-5)
+
+
+def test_pipeline_stages_of_unequal_length_give_the_same_gradients(
+    tiny_w8a8: Callable[..., Path], one_rank: RankPool, two_ranks: RankPool
+) -> None:
+    folder = tiny_w8a8("deepseek_v2", layers=3, top_k=3)
+    layouts = [TrainConfig(pipeline_parallel=2, layers_per_stage=stages) for stages in ("2,1", "1,2")]
+    [[expected]] = one_rank(_all_layouts, [TrainConfig()], LORA, folder)
+    for first, second in zip(*two_ranks(_all_layouts, layouts, LORA, folder), strict=True):
+        assert first["misplaced"] == second["misplaced"] == []
+        _assert_same(first["base"], expected["base"])
+        assert max(first["loss"], second["loss"]) == pytest.approx(expected["loss"], rel=1e-6)
         _assert_same(first["gradients"], expected["gradients"], 2e-5)
 
 

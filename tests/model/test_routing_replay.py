@@ -22,16 +22,22 @@ def random_experts(tokens: int, layers: int, experts: int, top_k: int) -> torch.
     return torch.rand(tokens, layers, experts, generator=generator).argsort(-1)[..., :top_k].to(torch.uint8)
 
 
+def moe_layers(model: Any) -> list[tuple[int, Any]]:
+    return [(number, layer) for number, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")]
+
+
 def force_transformers(model: Any, experts: list[torch.Tensor], normalized: bool) -> None:
     """Make the routers choose `experts` [tokens, layers, k] of one sequence after the other, with their own weights."""
-    for number, layer in enumerate(model.model.layers):
+    scaling = getattr(model.config, "routed_scaling_factor", 1.0)
+    for number, layer in moe_layers(model):
         rows = iter([own[:, number].long() for own in experts])
 
         def forward(hidden: torch.Tensor, gate: Any = layer.mlp.gate, rows: Any = rows) -> tuple[torch.Tensor, ...]:
             logits = torch.nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), gate.weight)
             chosen = next(rows)
-            weights = logits.softmax(-1).gather(1, chosen)
-            return logits, weights / weights.sum(-1, keepdim=True) if normalized else weights, chosen
+            scores = logits.sigmoid() if hasattr(gate, "e_score_correction_bias") else logits.softmax(-1)
+            weights = scores.gather(1, chosen)
+            return logits, scaling * (weights / weights.sum(-1, keepdim=True) if normalized else weights), chosen
 
         layer.mlp.gate.forward = forward
 
@@ -57,13 +63,14 @@ def compare(folder: Path) -> dict[str, np.ndarray]:
     force_transformers(oracle, list(experts.split(lengths)), shape.normalized_top_k)
     expected = hf_logits(oracle, tokens)
     expected.square().sum().backward()
-    gates = [layer.mlp.router.weight.grad for layer in loaded.model.decoder.layers]
+    own = loaded.model.decoder.layers
+    gates = [own[number].mlp.router.weight.grad for number, _ in moe_layers(oracle)]
     found = {
         "free": free,
         "found": logits,
         "expected": expected,
         "gates found": torch.stack(gates),
-        "gates expected": torch.stack([layer.mlp.gate.weight.grad for layer in oracle.model.layers]),
+        "gates expected": torch.stack([layer.mlp.gate.weight.grad for _, layer in moe_layers(oracle)]),
     }
     return {name: tensor.detach().numpy() for name, tensor in found.items()}
 

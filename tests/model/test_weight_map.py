@@ -72,7 +72,7 @@ def _odd_vocabulary(source: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    families = ("qwen3_moe", "qwen2_moe", "mixtral")
+    families = ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "phimoe", "minicpm")
     found = {f"{family} {dtype}": tiny_checkpoint(family, dtype, layers=2) for family in families for dtype in DTYPES}
     odd = _odd_vocabulary(tiny_checkpoint("qwen3_moe", layers=2), tmp_path_factory.mktemp("odd"))
     return found | {"odd vocabulary": odd}

@@ -1,6 +1,6 @@
 """Every case of the fused operators on the simulated NPU and on the CPU; prints how far apart they are.
 
-Run as a program by `package.run_program`. Not proven: numerics of the kernels, NZ formats, limits of
+Run as a program by `program.run_program`. Not proven: numerics of the kernels, NZ formats, limits of
 kernels, speed.
 """
 
@@ -11,9 +11,8 @@ import warnings
 from typing import Any
 
 import torch
-import torch_npu  # noqa: F401 - the operators and the device
 
-from tests.npu_sim import device, operators
+from qerl_rl.platform import simulated_npu
 from tests.platform.npu.cases import CASES, Case, Tensors, computed
 
 
@@ -41,8 +40,7 @@ def _differences(case: Case) -> Any:
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    device.install()
-    device.install_kernels(operators.KERNELS)
+    simulated_npu.start()
     print(json.dumps({name: _differences(case) for name, case in CASES.items()}))
 
 

@@ -1,7 +1,6 @@
 """The model that trains, on simulated NPUs through the real transfer_to_npu: losses and gradients are those of the CPU.
 
-Not proven here: numerics of the kernels, NZ formats, limits of kernels, speed, HCCL, MindSpeed's own patches,
-pipelines (torch_npu sends through a backend of its own, which is not there).
+Not proven here: numerics of the kernels, NZ formats, limits of kernels, speed, HCCL, MindSpeed's own patches.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ import pytest
 import torch
 
 from qerl_rl.config.schema import LoraConfig, TrainConfig
+from qerl_rl.platform import detect
 from tests.model import harness
-from tests.npu_sim.ranks import run_simulated_ranks
 from tests.ranks import RankPool
+
+pytestmark = pytest.mark.ascend
 
 Found = dict[str, tuple[float, dict[str, torch.Tensor]]]
 LAYOUTS = {
@@ -23,6 +24,7 @@ LAYOUTS = {
     "each rank alone, recomputed": TrainConfig(recompute="full"),
     "TP2, sequence parallel": TrainConfig(tensor_parallel=2),
     "EP2": TrainConfig(expert_parallel=2),
+    "PP2": TrainConfig(pipeline_parallel=2),
 }
 
 
@@ -32,8 +34,8 @@ def _losses_and_gradients(folder: Path, layouts: dict[str, TrainConfig], device:
     for name, train in layouts.items():
         harness.start(train, device)
         loaded = harness.load(folder, train, LoraConfig(rank=4))
+        loaded.model.to(detect(device).current())
         harness.set_random_adapters(loaded)
-        loaded.model.to(device)
         loss = harness.loss_and_gradients(loaded, harness.sequences(loaded.architecture.vocabulary_size))
         gradients = harness.summed_gradients(loaded)
         found[name] = loss, {key: gradient.cpu() for key, gradient in gradients.items()}
@@ -53,8 +55,10 @@ def _compare(found: list[Found], expected: list[Found]) -> None:
                 )
 
 
-def test_npus_give_losses_and_gradients_of_cpus(tiny_w8a8: Callable[..., Path], two_ranks: RankPool) -> None:
+def test_npus_give_losses_and_gradients_of_cpus(
+    tiny_w8a8: Callable[..., Path], two_ranks: RankPool, two_simulated: RankPool
+) -> None:
     folder = tiny_w8a8("qwen3_moe")
-    found = run_simulated_ranks(_losses_and_gradients, 2, folder, LAYOUTS, "npu")
+    found = two_simulated(_losses_and_gradients, folder, LAYOUTS, "npu-sim")
     assert found[0]["each rank alone"][0] > 0
     _compare(found, two_ranks(_losses_and_gradients, folder, LAYOUTS, "cpu"))

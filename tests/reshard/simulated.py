@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.blocks import ParallelSizes
-from qerl_rl.layout.deepseek import DeepseekArchitecture
 from qerl_rl.layout.engine import EngineLayout
+from qerl_rl.layout.families.deepseek import NAMES
 from qerl_rl.layout.holdings import FullTensor, Holding, Layout
-from qerl_rl.layout.tensors import Adapters, Architecture, Tensors, Weights
+from qerl_rl.layout.parts import LatentAttention
+from qerl_rl.layout.routing import SIGMOID, RoutingRule
+from qerl_rl.layout.tensors import Adapters, Tensors, Weights
 from qerl_rl.layout.train import TrainLayout
 from qerl_rl.quant.formats import get_format
 from qerl_rl.reshard.plan import Plan, RankPlan
@@ -22,7 +25,7 @@ Memory = dict[str, torch.Tensor]
 """A rank's tensors by their local names."""
 
 
-def moe(family: str = "qwen3_moe", **sizes: int | bool) -> MoeArchitecture:
+def moe(family: str = "qwen3_moe", **sizes: Any) -> MoeArchitecture:
     """A small model: 4 query heads of 8 over 2 key-value heads, 8 experts, widths that int4 in groups of 32 divides."""
     has_shared = family == "qwen2_moe"
     fields = {
@@ -47,64 +50,59 @@ def moe(family: str = "qwen3_moe", **sizes: int | bool) -> MoeArchitecture:
     return MoeArchitecture(family=family, **(fields | sizes))  # type: ignore[arg-type]
 
 
-def deepseek(**sizes: int | None) -> DeepseekArchitecture:
+def deepseek(query_rank: int | None = 32, **sizes: Any) -> MoeArchitecture:
     """DeepSeek-V3 in small: one dense layer, then MoE layers."""
     fields = {
-        "layers": 3,
+        "key_value_heads": 8,
+        "head_dim": 24,
+        "shared_expert_width": 128,
+        "qk_norm": False,
+        "shared_expert_gate": False,
+        "latent": LatentAttention(query_rank, 24, nope_head_dim=16, rope_head_dim=8, value_head_dim=16),
+        "rule": RoutingRule(top_k=2, scores=SIGMOID, has_bias=True),
         "dense_layers": 1,
-        "hidden_size": 64,
-        "attention_heads": 8,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 24,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
         "dense_width": 128,
-        "experts": 8,
-        "expert_width": 128,
-        "shared_experts": 1,
-        "vocabulary_size": 100,
-        "router_bias": True,
+        "names": NAMES,
     }
-    return DeepseekArchitecture(**(fields | sizes))  # type: ignore[arg-type]
+    return moe("deepseek_v3", **(fields | sizes))
 
 
-ARCHITECTURES: list[Architecture] = [
+ARCHITECTURES: list[MoeArchitecture] = [
     *map(moe, ("qwen3_moe", "qwen2_moe", "mixtral")),
     moe(experts=12),
     deepseek(),
-    deepseek(q_lora_rank=None),
+    deepseek(None),
 ]
 
 
 @st.composite
-def tensors_of(draw: st.DrawFn, architecture: Architecture) -> Tensors:
+def tensors_of(draw: st.DrawFn, architecture: MoeArchitecture) -> Tensors:
     """Weights in bfloat16, int8 or packed int4 (experts or all of them), or adapters."""
     kind = draw(st.sampled_from(["bfloat16", "w8a8", "w4a16", "int4 experts"]))
-    if isinstance(architecture, MoeArchitecture) and draw(st.booleans()):
-        return Adapters(LoraConfig(rank=4))
+    if draw(st.booleans()):
+        return Adapters(LoraConfig(rank=4, shared_experts=True))
     if kind == "bfloat16":
         return Weights()
-    if isinstance(architecture, DeepseekArchitecture) and kind != "w8a8":
+    if architecture.latent and kind != "w8a8":
         kind = "int4 experts"  # Its ranks of 32 and 24 can't be split in groups of 32.
     format = get_format("w8a8") if kind == "w8a8" else get_format("w4a16", 32)
     return Weights.chosen_by(architecture, lambda name: format if "experts" in name or "int4" not in kind else None)
 
 
 @st.composite
-def train_layouts(draw: st.DrawFn, architecture: Architecture, tensors: Tensors, world_size: int) -> TrainLayout:
+def train_layouts(draw: st.DrawFn, architecture: MoeArchitecture, tensors: Tensors, world_size: int) -> TrainLayout:
     """Any sizes that divide the model and the ranks, 3 layers on 2 stages too."""
     stages = draw(_size(world_size, most=3))
     in_stage = world_size // stages
     tensor = draw(_size(in_stage, divides=4))
     expert_tensor = draw(st.sampled_from([1, tensor]))
     expert = draw(_size(in_stage // expert_tensor, divides=architecture.experts))
-    layers = [2, 1] if stages == 2 else []
-    return TrainLayout(architecture, ParallelSizes(tensor, stages, expert, expert_tensor), world_size, tensors, layers)
+    layers = (2, 1) if stages == 2 else ()
+    return TrainLayout(architecture, ParallelSizes(tensor, stages, expert, expert_tensor, layers), world_size, tensors)
 
 
 @st.composite
-def engine_layouts(draw: st.DrawFn, architecture: Architecture, tensors: Tensors, world_size: int) -> EngineLayout:
+def engine_layouts(draw: st.DrawFn, architecture: MoeArchitecture, tensors: Tensors, world_size: int) -> EngineLayout:
     """Tensor parallel up to as many ranks as heads (more than key-value heads), one engine or several.
 
     Rows of 128 in groups of 32 split four ways.

@@ -24,8 +24,14 @@ DEEPSEEK = {
     "v_head_dim": 16,
     "intermediate_size": 128,
     "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
     "n_shared_experts": 1,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "n_group": 1,
+    "topk_group": 1,
     "vocab_size": 100,
 }
 
@@ -69,8 +75,7 @@ def test_deepseek_on_stages_of_unequal_length_is_planned(
     arguments = [*launch_file(tmp_path), *TWO_STAGES, "lora.rank=0", "quant.format=w8a8"]
     assert main(arguments) == 2
     assert "train.pipeline_parallel=2 does not divide the model's 3 layers" in capsys.readouterr().err
-    assert "all weights, w8a8" in _said([*arguments, "--layers-per-stage", "2,1"], capsys)
-    assert main([*arguments, "--layers-per-stage", "2,2"]) == 2
-    assert "--layers-per-stage" in capsys.readouterr().err
-    assert main([*arguments, "lora.rank=4", "--layers-per-stage", "2,1"]) == 2
-    assert "set lora.rank to 0" in capsys.readouterr().err
+    assert "all weights, w8a8" in _said([*arguments, "train.layers_per_stage=2,1"], capsys)
+    assert main([*arguments, "train.layers_per_stage=2,2"]) == 2
+    assert "train.layers_per_stage=2,2" in capsys.readouterr().err
+    assert "adapters" in _said([*arguments, "lora.rank=4", "train.layers_per_stage=2,1"], capsys)

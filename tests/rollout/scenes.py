@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from qerl_rl.config.schema import LoraConfig, RolloutConfig
+from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.slots import adapter_slots
 from qerl_rl.quant.checkpoint import CheckpointReader, ShardWriter
 from qerl_rl.quant.requantize import requantized
 from qerl_rl.rollout.adapters import AdapterSet
@@ -86,29 +88,12 @@ def act_beside_the_weights(engine: VllmEngine, lora: LoraConfig = LORA) -> None:
 
 def random_adapters(folder: Path, seed: int, deviation: float = 0.1, rank: int = LORA.rank) -> dict[str, torch.Tensor]:
     """Full adapters in the exchange format for the model in `folder`; deviation 0 gives zeros."""
-    config = json.loads((folder / "config.json").read_text())
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    queries, keys = heads * head_dim, config["num_key_value_heads"] * head_dim
-    experts = config.get("num_experts") or config["num_local_experts"]
-    width = config.get("moe_intermediate_size") or config["intermediate_size"]
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        shapes = {
-            f"{prefix}.self_attn.qkv_proj": ((rank, hidden), (queries + 2 * keys, rank)),
-            f"{prefix}.self_attn.o_proj": ((rank, queries), (hidden, rank)),
-            f"{prefix}.mlp.experts.w13": ((experts, rank, hidden), (experts, 2 * width, rank)),
-            f"{prefix}.mlp.experts.w2": ((experts, rank, width), (experts, hidden, rank)),
-        }
-        if shared := config.get("shared_expert_intermediate_size"):
-            shapes[f"{prefix}.mlp.shared_expert.gate_up_proj"] = ((rank, hidden), (2 * shared, rank))
-            shapes[f"{prefix}.mlp.shared_expert.down_proj"] = ((rank, shared), (hidden, rank))
-        for name, (a, b) in shapes.items():
-            tensors[f"{name}.lora_A"] = deviation * torch.randn(a, generator=generator)
-            tensors[f"{name}.lora_B"] = deviation * torch.randn(b, generator=generator)
-    return tensors
+    generator, shapes = torch.Generator().manual_seed(seed), {}
+    lora = LoraConfig(rank=rank, shared_experts=True)
+    for slot in adapter_slots(MoeArchitecture.from_folder(folder), lora):
+        name, rows = slot.pieces[0].name.partition(":")[0], sum(piece.shape[0] for piece in slot.pieces)
+        shapes[name] = (rows, *slot.pieces[0].shape[1:])
+    return {name: deviation * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def hf_model(folder: Path, adapters: Mapping[str, torch.Tensor] | None = None, scale: float = 2.0) -> Any:
@@ -132,9 +117,7 @@ def hf_model(folder: Path, adapters: Mapping[str, torch.Tensor] | None = None, s
 def _unfused(name: str, delta: torch.Tensor, config: Any) -> list[tuple[str, torch.Tensor]]:
     """The change of a fused module's weight, as changes of the checkpoint's tensors."""
     layer, _, module = name.partition(".self_attn.")
-    if module == "o_proj" or name.endswith("shared_expert.down_proj"):
-        return [(f"{name}.weight", delta)]
-    if name.endswith("shared_expert.gate_up_proj"):
+    if name.endswith("gate_up_proj"):
         place = name.removesuffix("gate_up_proj")
         return [(f"{place}{kind}_proj.weight", half) for kind, half in zip(("gate", "up"), delta.chunk(2), strict=True)]
     if module == "qkv_proj":
@@ -143,7 +126,9 @@ def _unfused(name: str, delta: torch.Tensor, config: Any) -> list[tuple[str, tor
         names = [f"{layer}.self_attn.{kind}_proj.weight" for kind in "qkv"]
         return list(zip(names, delta.split(sizes), strict=True))
     layer, _, module = name.partition(".mlp.experts.")
-    mixtral = config.model_type == "mixtral"
+    if not module:
+        return [(f"{name}.weight", delta)]
+    mixtral = config.model_type in ("mixtral", "phimoe")
     place = f"{layer}.block_sparse_moe.experts" if mixtral else f"{layer}.mlp.experts"
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     parts = []
@@ -186,12 +171,14 @@ def write_merged(folder: Path, adapters: Mapping[str, torch.Tensor], out: Path, 
 
 def _fused_experts(weights: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors under the names of transformers 5, which stacks the experts."""
-    mixtral = config.model_type == "mixtral"
+    mixtral = config.model_type in ("mixtral", "phimoe")
     count = config.num_local_experts if mixtral else config.num_experts
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     fused = {name: tensor for name, tensor in weights.items() if ".experts." not in name}
     fused = {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in fused.items()}
-    for layer in range(config.num_hidden_layers):
+    if config.model_type == "phimoe":
+        fused = {name.replace(".gate.", ".router."): tensor for name, tensor in fused.items()}
+    for layer in range(getattr(config, "first_k_dense_replace", 0), config.num_hidden_layers):
         place = f"model.layers.{layer}.{'block_sparse_moe' if mixtral else 'mlp'}.experts"
 
         def stacked(kind: str, place: str = place) -> torch.Tensor:

@@ -68,7 +68,7 @@ def _check(folder: Path, clean: Plain, merged: Plain, adapted: Plain) -> None:
     assert effect > 5 * max(error, merged_error)
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "phimoe"])
 def test_family_with_adapters_equals_the_merged_model(tiny_w8a8: Callable[..., Path], family: str) -> None:
     folder = tiny_w8a8(family, "bfloat16", layers=2)
     _check(folder, *run_engines(_scene, 1, folder, {}, [GROUPS])[0])

@@ -32,6 +32,7 @@ from tests.rollout.scenes import (
     tokens_of,
 )
 from tests.rollout.shards import check_shards, merged_weights
+from tests.shared_memory import held
 
 GROUPS = [0, 1, 2, 3, 4]
 Shares = list[list[int]]
@@ -39,7 +40,6 @@ Shares = list[list[int]]
 
 
 def _scene(folder: Path, layout: dict[str, Any], calls: list[Shares], greedy_share: Shares) -> dict[str, Any]:
-    before = set(os.listdir("/dev/shm"))
     rank, merging = int(os.environ["RANK"]), dataclasses.replace(LORA, in_rollout="merge")
     engine = make_engine(folder, merging, record_routing=True, **layout)
     adapters = random_adapters(folder, seed=1)
@@ -56,10 +56,7 @@ def _scene(folder: Path, layout: dict[str, Any], calls: list[Shares], greedy_sha
     engine.set_noise(Noise(0.05, seed=3, step=1))
     seen["noise"] = generate(engine, greedy_share[rank], greedy=True)
     seen["held"] = engine.held_bytes()
-    # Of the communicators and of the message queue; the semaphores beside them are of Python's own process pools.
-    seen["shared memory"] = [
-        name for name in {*os.listdir("/dev/shm")} - before if "cpushm" in name or name.startswith("psm_")
-    ]
+    seen["named memory"], seen["unnamed memory"] = held()
     return seen
 
 
@@ -121,7 +118,9 @@ def test_tensor_parallel_ranks_agree_with_each_other_and_with_one_rank(
     assert {key: first[key] for key in ("sampled", "greedy", "noise")} == {
         key: second[key] for key in ("sampled", "greedy", "noise")
     }
-    assert first["shared memory"] == []
+    assert first["named memory"] == []
+    for whose in ("cpushm", "psm_"):
+        assert any(whose in place for place in first["unnamed memory"]), "of the communicators, of the message queue"
     assert first["merged"] == second["merged"]
     _check_merge([first, second], alone)
     assert log_prob_gaps(first["merged"], alone["merged"]).mean() < 0.1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from tests.rollout.scenes import (
     request,
     tokens_of,
 )
+from tests.shared_memory import held
 
 GROUPS = [0, 1, 2, 3, 4]
 """Prompts of 8 to 248 tokens; one KV block holds 128."""
@@ -124,7 +124,7 @@ def _refusals(engine: Any, folder: Path, seen: dict[str, Any]) -> None:
     adapters["model.layers.0.self_attn.k_proj.lora_A"] = adapters.pop("model.layers.0.self_attn.o_proj.lora_A")
     seen["error names"] = _error(lambda: engine.set_adapters(adapters))
     seen["error rank"] = _error(lambda: engine.set_adapters(random_adapters(folder, seed=1, rank=4)))
-    seen["leftovers"] = [name for name in os.listdir("/dev/shm") if "cpushm" in name]
+    seen["named memory"], _ = held()
 
 
 def _error(call: Callable[[], Any]) -> str:
@@ -236,4 +236,4 @@ def test_wrong_use_says_what_is_wrong(seen: dict[str, Any]) -> None:
     assert "o_proj.lora_A" in seen["error names"]
     assert "k_proj.lora_A" in seen["error names"]
     assert str(LORA.rank) in seen["error rank"]
-    assert seen["leftovers"] == []
+    assert seen["named memory"] == []

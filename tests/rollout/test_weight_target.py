@@ -136,8 +136,10 @@ CASES = {
     "qwen3_moe nvfp4": True,
     "qwen2_moe w8a8": False,
     "mixtral none": False,
+    "phimoe none": False,
 }
-"""Families and formats (biases, shared experts and tied embeddings are qwen2_moe's).
+"""Families and formats (biases, shared experts and tied embeddings are qwen2_moe's; layer norms phimoe's, and biases of
+the attention's output and of the output layer).
 
 True: one engine rounds the float checkpoint while it loads it; the other one gets what `quantize` wrote.
 """

@@ -111,8 +111,9 @@ def policy_gradient(
 
 def start_engine(config: Config, **arguments: object) -> TrainEngine:
     """An engine in this process, in place of any earlier one: the layout may be another."""
-    prepare_megatron(detect("cpu"))
-    fresh_world()
+    device = detect(config.train.device)
+    prepare_megatron(device)
+    fresh_world(device.collective_backend)
     return TrainEngine(config, **arguments)  # type: ignore[arg-type]
 
 

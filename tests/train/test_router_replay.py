@@ -23,6 +23,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor 2, expert 2, allgather, recompute selective": {
         "tensor_parallel": 2, "expert_parallel": 2, "recompute": "selective", "token_dispatcher": "allgather",
     },
+    "tensor 2, alltoall_seq": {
+        "tensor_parallel": 2, "expert_tensor_parallel": 2, "token_dispatcher": "alltoall_seq",
+    },
 }  # fmt: skip
 SIZES = {"micro_batch_tokens": 40, "quant": "none", "rank": 0, "learning_rate": 0.0}
 """Several micro-batches are on their way in a pipeline; everything trains, routers too, but by nothing."""

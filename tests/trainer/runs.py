@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from transfer_dock.arena import SHARED_MEMORY, sweep
+from tests.shared_memory import dock_files
 
 ROOT = Path(__file__).parents[2]
 TIMED = ("time/", "tokens_per_s/", "memory/")
@@ -20,13 +20,21 @@ TIMED = ("time/", "tokens_per_s/", "memory/")
 def launch(config: str, model: Path, folder: Path, *arguments: str) -> str:
     """The console of a run of configs/`config` that ends well and leaves nothing in shared memory."""
     keys = [f"model.path={model}", f"run.output_dir={folder}", "checkpoint.export=false", "track.console=lines"]
-    done = subprocess.run(
-        [sys.executable, "launch.py", "--config", f"configs/{config}", *keys, *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=420, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert sweep(SHARED_MEMORY) == [], "the dock's memory"
-    return done.stdout
+    return finished([sys.executable, "launch.py", "--config", f"configs/{config}", *keys, *arguments])
+
+
+def finished(command: list[str], environment: dict[str, str] | None = None) -> str:
+    """The console of a program that ends well, within seven minutes, and leaves nothing in shared memory."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        output, errors = process.communicate(timeout=420)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output[-3000:] + errors[-3000:]
+    assert dock_files(process.pid) == [], "the dock's memory"
+    return output
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

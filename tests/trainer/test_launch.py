@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from transfer_dock.arena import SHARED_MEMORY, sweep
+from tests.shared_memory import dock_files
+from tests.trainer.runs import finished
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = {
@@ -57,6 +58,19 @@ ALGORITHMS = {
         "router_replay.mode=R3",
     ],
 }
+# profiler.*, and what that records: stages and ranks of the second step.
+PROFILED = {
+    "train-ep2-rollout-dp2ep2": (
+        ["steps=[2]", "stages=[all]", "ranks=[1]"],
+        {"swap_to_rollout", "rollout", "swap_to_train", "old_log_probs", "reference_log_probs", "update"},
+        {1},
+    ),
+    "train-tp2ep2-rollout-tp2": (
+        ["steps=[2]", "stages=[update,reference_log_probs]", "ranks=[0,1]", "shapes=true", "memory=true"],
+        {"reference_log_probs", "update"},
+        {0, 1},
+    ),
+}
 EVALUATION = {
     "train-ep2-rollout-dp2ep2": {"pass@1"},
     "train-tp2ep2-rollout-tp2": {"avg@3", "maj@3", "pass@1", "pass@2", "pass@3"},
@@ -72,7 +86,6 @@ def command(model, folder, *overrides):
         "noise.stages=2",
         "eval.every=2",
         "eval.prompts=5",
-        "profiler.step=2",
         "reward.function=tests.trainer.reward_functions.share_of_digits",
     ]
     base = [sys.executable, "launch.py", "--config", "configs/quickstart_cpu.yaml"]
@@ -95,20 +108,17 @@ def environment(folder):
     return os.environ | {"QERL_TEST_RUN": str(folder)}
 
 
-def assert_nothing_is_left(folder):
+def assert_no_process_is_left(folder):
     _, alive = psutil.wait_procs(descendants_of_ray(folder), timeout=20)
     assert not alive, [" ".join(process.cmdline())[:120] for process in alive]
-    assert sweep(SHARED_MEMORY) == [], "the dock's memory"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layout):
     model = tiny_w8a8("qwen3_moe")
-    run = subprocess.run(
-        command(model, tmp_path, *LAYOUTS[layout], *ALGORITHMS[layout]),
-        cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=420, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    profiler = [f"profiler.{key}" for key in PROFILED[layout][0]]
+    arguments = *LAYOUTS[layout], *ALGORITHMS[layout], *profiler
+    printed = finished(command(model, tmp_path, *arguments), environment(tmp_path))
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
@@ -121,10 +131,10 @@ def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layo
     assert_rewards(steps, layout)
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert {"prompt", "response", "reward"} <= set(samples[0])
-    for name in ["reward.png", "config.yaml", "profile/update.json", "checkpoints", "export/adapter"]:
+    for name in ["reward.png", "config.yaml", "checkpoints", "export/adapter"]:
         assert (tmp_path / name).exists(), name
     assert list((tmp_path / "tensorboard").glob("events.*"))
-    assert "reward" in run.stdout
+    assert "reward" in printed
     if "algorithm.kl_in=reward" in ALGORITHMS[layout]:
         # No KL yet: the controller lets go by 20 % x 32 samples / 64. Nearly all responses reach their limit.
         assert [step["kl/coefficient"] for step in steps] == pytest.approx([0.1, 0.09])
@@ -141,9 +151,10 @@ def test_two_steps_run_and_leave_what_the_readme_names(tmp_path, tiny_w8a8, layo
         assert all(step["reward/mean"] >= step["sampling/reward_mean"] for step in steps)
     else:
         assert not [name for name in steps[0] if name.startswith("router_replay/")]
+    assert_traces(tmp_path / "profile", *PROFILED[layout][1:])
     assert_ledger(tmp_path)
     assert_export_loads(tmp_path)
-    assert_nothing_is_left(tmp_path)
+    assert_no_process_is_left(tmp_path)
 
 
 def assert_rewards(steps, layout):
@@ -162,6 +173,21 @@ def assert_rewards(steps, layout):
     assert measured == {f"eval/{name}" for name in EVALUATION[layout] | {"reward_mean", "failures"}}
     assert all(0.0 <= steps[1][f"eval/{name}"] <= 1.0 for name in EVALUATION[layout])
     assert not [name for name in steps[0] if name.startswith("eval/")]
+
+
+def assert_traces(folder, stages, ranks):
+    """Each stage of the second step on each rank has a trace of its own, of no other stage, and nothing else has."""
+    assert {path.name for path in folder.iterdir()} == {
+        f"step_00000002_{stage}_rank_{rank:05d}.json" for stage in stages for rank in ranks
+    }
+    for stage in stages:
+        for rank in ranks:
+            events = json.loads((folder / f"step_00000002_{stage}_rank_{rank:05d}.json").read_text())["traceEvents"]
+            names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+            assert [name for name in names if " of step " in name] == [f"{stage} of step 2"]
+            # An update leaves gradients, the forward passes alone leave none.
+            backward = any("Backward" in event["name"] for event in events if event.get("cat") == "cpu_op")
+            assert backward == (stage == "update"), stage
 
 
 def assert_ledger(folder):
@@ -204,6 +230,7 @@ def running(model, folder, *overrides):
     try:
         assert process.stdout is not None
         assert any(re.match(r"step +1/1000  reward", line) for line in process.stdout), process.communicate()
+        assert dock_files(process.pid), "what must be gone when it has ended"
         yield process
     finally:
         process.kill()
@@ -222,7 +249,8 @@ def test_an_interrupted_run_stops_every_process(tmp_path, tiny_w8a8, stop):
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, output + errors
     assert errors.strip() == "interrupted: every process of the run was stopped."
-    assert_nothing_is_left(tmp_path)
+    assert_no_process_is_left(tmp_path)
+    assert dock_files(process.pid) == []
 
 
 def test_a_worker_that_dies_ends_the_run_with_its_name(tmp_path, tiny_w8a8):
@@ -234,4 +262,5 @@ def test_a_worker_that_dies_ends_the_run_with_its_name(tmp_path, tiny_w8a8):
     assert process.returncode == 1, output + errors
     assert "run failed: worker" in errors
     assert "Traceback" not in errors
-    assert_nothing_is_left(tmp_path)
+    assert_no_process_is_left(tmp_path)
+    assert dock_files(process.pid) == []

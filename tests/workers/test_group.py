@@ -4,6 +4,7 @@ import pytest
 import ray
 
 from workers import Pending, WorkerError
+from workers.group import local_ranks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,3 +75,7 @@ def test_progress_is_shown_while_waiting():
 
     assert Pending([gate.wait.remote()], ["gate"]).wait(timeout_s=60, on_wait=progress) == ["through"]
     assert len(seen) >= 2
+
+
+def test_ranks_of_a_machine_take_one_card_after_the_other():
+    assert local_ranks(["a", "a", "b", "a", "b"]) == [0, 1, 0, 2, 1]

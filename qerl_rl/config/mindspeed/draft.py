@@ -24,14 +24,19 @@ class Draft:
 
     def put(self, ours: str, value: Any, section: str, key: str) -> None:
         """Set a key of ours to what a key of theirs means, or is by default."""
-        name, _, field = ours.partition(".")
-        self.values.setdefault(name, {})[field] = value
+        *sections, field = ours.split(".")
+        values: dict[str, Any] = self.values
+        for name in sections:
+            values = values.setdefault(name, {})
+        values[field] = value
         self.origins[ours] = self.source.located(section, key)
 
     def value(self, ours: str) -> Any:
         """What a key of ours was put to, None if it was not."""
-        name, _, field = ours.partition(".")
-        return self.values.get(name, {}).get(field)
+        found: Any = self.values
+        for name in ours.split("."):
+            found = found.get(name, {})
+        return None if found == {} else found
 
     def differ(self, section: str, key: str, sentence: str, instead: str = "") -> None:
         """Say what is done in another way than a key of theirs asks for, unless the command line settles it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qerl_rl.config.mindspeed.draft import Draft
-from qerl_rl.config.mindspeed.tables import ACTOR, GENERATE, RL
+from qerl_rl.config.mindspeed.tables import ACTOR, GENERATE, RL, SAMPLING
 
 CARD_BYTES = 64 << 30
 """Memory of a 910B card, and of a die of a 910C, in bytes."""
@@ -19,13 +19,37 @@ def engine(draft: Draft) -> None:
     if draft.switch(GENERATE, "enable_expert_parallel") and workers and parts != workers:
         sentence = f"one engine's experts are split over all {workers} cards (rollout.expert_parallel)"
         draft.differ(GENERATE, "infer_expert_parallel_size", sentence, "rollout.expert_parallel")
-    longest = draft.count(GENERATE, "max_model_len", 2048)
+    _expert_map(draft, parts, workers)
+    longest = _longest(draft)
     tokens = draft.count(GENERATE, "max_num_batched_tokens", 2048)
-    if tokens < longest:
-        sentence = f"one step of an engine computes {longest} tokens: no prompt is prefilled in parts"
-        draft.differ(GENERATE, "max_num_batched_tokens", sentence, "rollout.max_batched_tokens")
-    draft.put("rollout.max_batched_tokens", max(tokens, longest), GENERATE, "max_num_batched_tokens")
+    # vLLM, theirs too, prefills prompts in parts where a step has less room than the longest.
+    draft.put("rollout.chunked_prefill", tokens < longest, GENERATE, "max_num_batched_tokens")
+    draft.put("rollout.max_batched_tokens", tokens, GENERATE, "max_num_batched_tokens")
     _cache(draft, tensor, longest)
+
+
+def _longest(draft: Draft) -> int:
+    """Tokens of a prompt and its response; theirs cut off responses that do not fit."""
+    longest = draft.count(GENERATE, "max_model_len", 2048)
+    needed = draft.count(RL, "max_prompt_length", 512) + draft.count(SAMPLING, "max_tokens", 128)
+    if needed <= longest:
+        return longest
+    draft.put("model.max_length", needed, GENERATE, "max_model_len")
+    sentence = f"model.max_length is {needed}, so that every response fits behind its prompt"
+    draft.differ(GENERATE, "max_model_len", sentence, "model.max_length")
+    return needed
+
+
+def _expert_map(draft: Draft, parts: int, workers: int | None) -> None:
+    """A placement of experts is for one number of ranks."""
+    path = draft.source.typed(GENERATE, "expert_map_path", str)
+    if not path:
+        return
+    if parts == workers:
+        draft.put("rollout.ascend.expert_map_path", path, GENERATE, "expert_map_path")
+        return
+    sentence = f"left out: it places experts on {parts} ranks, and they are split over {workers} here"
+    draft.differ(GENERATE, "expert_map_path", sentence, "rollout.ascend.expert_map_path")
 
 
 def _cache(draft: Draft, tensor: int, longest: int) -> None:

@@ -101,13 +101,43 @@ def _variables(file: Path) -> dict[str, str]:
     return {str(name): str(value) for name, value in variables.items()}
 
 
+_STAGES = {
+    "actor_generate": "rollout",
+    "actor_compute_log_prob": "old_log_probs",
+    "reference_compute_log_prob": "reference_log_probs",
+    "actor_update": "update",
+    "critic_compute_values": "values",
+    "critic_update": "critic_update",
+    "all": "all",
+}
+"""Their names of what is profiled, and ours."""
+
+
 def profiler(draft: Draft) -> None:
-    """One step's update is recorded here; both count steps from 1."""
+    """Steps from the first up to, not including, the last; both count them from 1. Theirs is Ascend's profiler."""
     if not draft.source.has(PROFILER) or not draft.switch(PROFILER, "profile"):
         return
-    draft.put("profiler.step", draft.count(PROFILER, "profile_step_start", 1), PROFILER, "profile_step_start")
-    if draft.source.get(PROFILER, "stage", "all") != "actor_update":
-        draft.differ(PROFILER, "stage", "the update of one step is recorded, on rank 0", "profiler.step")
+    first = max(draft.count(PROFILER, "profile_step_start", 1), 1)
+    last = draft.count(PROFILER, "profile_step_end", first + 1)
+    draft.put("profiler.steps", list(range(first, max(last, first + 1))), PROFILER, "profile_step_start")
+    stage = draft.source.get(PROFILER, "stage", "all")
+    if stage not in _STAGES:
+        draft.fault(PROFILER, "stage", f"set it to one of {', '.join(_STAGES)}", "profiler.stages")
+    else:
+        draft.put("profiler.stages", [_STAGES[stage]], PROFILER, "stage")
+    ranks = draft.source.get(PROFILER, "profile_ranks", "all")
+    if ranks == "all":
+        ranks = list(range(draft.value("cluster.workers") or 1))
+    draft.put("profiler.ranks", ranks, PROFILER, "profile_ranks")
+    draft.put("profiler.kind", "msprof", PROFILER, "profile")
+    level = draft.source.typed(PROFILER, "profile_level", str, "level0").removeprefix("level_")
+    draft.put("profiler.level", level, PROFILER, "profile_level")
+    draft.put("profiler.memory", draft.switch(PROFILER, "profile_with_memory"), PROFILER, "profile_with_memory")
+    draft.put("profiler.shapes", draft.switch(PROFILER, "profile_record_shapes"), PROFILER, "profile_record_shapes")
+    draft.put(
+        "profiler.export", draft.source.get(PROFILER, "profile_export_type", "text"), PROFILER, "profile_export_type"
+    )
+    draft.put("profiler.analyse", draft.switch(PROFILER, "profile_analysis"), PROFILER, "profile_analysis")
 
 
 def quantization(draft: Draft, folder: str) -> None:

@@ -11,6 +11,15 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+OPERATORS = (
+    "use_fused_rmsnorm",
+    "use_fused_swiglu",
+    "use_fused_rotary_pos_emb",
+    "use_flash_attn",
+    "moe_grouped_gemm",
+    "use_fused_moe_token_permute_and_unpermute",
+)
+"""Switches of fused operators, which keep their names in train.mindspeed."""
 TRAINING, ACTOR, CRITIC, RL = "megatron_training", "actor_config", "critic_config", "rl_config"
 GENERATE, SAMPLING = "generate_config", "generate_config.sampling_config"
 PROFILER = "profiler_config.integrated"
@@ -66,6 +75,7 @@ TRAIN_RULES = (
     Rule(ACTOR, "sequence_parallel", "train.sequence_parallel", False),
     Rule(ACTOR, "moe_token_dispatcher_type", "train.token_dispatcher", None, _choice(_DISPATCHERS)),
     Rule(ACTOR, "recompute_granularity", "train.recompute", "none", _choice({None: "none"})),
+    *(Rule(ACTOR, name, f"train.mindspeed.{name}") for name in OPERATORS),
     Rule(ACTOR, "lr", "train.learning_rate"),
     Rule(ACTOR, "weight_decay", "train.weight_decay", 0.01),
     Rule(ACTOR, "clip_grad", "train.max_grad_norm", 1.0),
@@ -100,6 +110,7 @@ RL_RULES = (
     Rule(SAMPLING, "temperature", "rollout.temperature", 0.2),
     Rule(SAMPLING, "top_p", "rollout.top_p", 1.0),
     Rule(SAMPLING, "top_k", "rollout.top_k", 50, _none_if_negative),
+    Rule(SAMPLING, "min_p", "rollout.min_p", 0.0),
 )
 PPO_RULES = (
     Rule(CRITIC, "lr", "critic.learning_rate"),
@@ -114,16 +125,22 @@ DPO_RULES = (
 DERIVED = {
     "role": """model stage load data_path tokenizer_name_or_path global_batch_size seq_length micro_batch_size
         expert_model_parallel_size moe_tp_extend_ep recompute_method recompute_num_layers lr_decay_style min_lr
-        lr_warmup_fraction lora_r lora_alpha lora_target_modules num_layers num_experts""",
+        lr_warmup_fraction lora_r lora_alpha lora_target_modules num_layers num_experts
+        num_layer_list noop_layers moe_router_load_balancing_type moe_aux_loss_coeff gemm_gradient_accumulation_fusion
+        moe_permutation_async_comm moe_alltoall_overlap_comm
+        recompute_activation_function swap_attention
+        swap_optimizer reuse_fp32_param use_ascend_coc context_parallel_algo use_cp_send_recv_overlap""",
     RL: """actor_resource critic_resource use_dynamic_bsz max_packing_token_size update_max_packing_token_size
         clip_ratio clip_higher_enable clip_ratio_low clip_ratio_high init_kl_coef kl_ctrl_type kl_horizon kl_target
         use_kl_in_reward overlong_buffer_enable overlong_buffer overlong_buffer_penalty_factor filter_groups_enable
         filter_groups_max_batches filter_groups_train_batch_size partial_rollout_max_split verifier_function
         verifier_weight runtime_env_path hccl_buffersize""",
-    GENERATE: "max_num_batched_tokens gpu_memory_utilization infer_expert_parallel_size sampling_config",
+    GENERATE: """max_num_batched_tokens gpu_memory_utilization infer_expert_parallel_size sampling_config
+        expert_map_path""",
     SAMPLING: "",
     "profiler_config": "integrated",
-    PROFILER: "profile profile_step_start stage",
+    PROFILER: """profile profile_step_start profile_step_end stage profile_ranks profile_level profile_export_type
+        profile_analysis profile_with_memory profile_record_shapes""",
     "msprobe_config": "",
 }
 
@@ -140,29 +157,17 @@ class Neutral:
     instead: str = ""
 
 
-_EQUAL_STAGES = "set train.pipeline_parallel=N to a divisor of the model's layers"
-_FAMILIES = "use a model of the families qwen3_moe, qwen2_moe or mixtral, the ones that are trained"
 NEUTRAL: dict[str, dict[str, Neutral]] = {
     "role": {
         "context_parallel_size": Neutral((1,), "set actor_config.context_parallel_size=1: sequences are not split"),
-        "noop_layers": Neutral((None,), _EQUAL_STAGES, "train.pipeline_parallel"),
-        "num_layer_list": Neutral((None,), _EQUAL_STAGES, "train.pipeline_parallel"),
         "optimizer": Neutral(("adam",), "set actor_config.optimizer=adam, the only one here"),
         "attention_dropout": Neutral((0,), "set megatron_training.attention_dropout=0"),
         "hidden_dropout": Neutral((0,), "set megatron_training.hidden_dropout=0"),
         "skip_train": Neutral((False,), "evaluate with eval.every=1 run.steps=1"),
         "prompt_type": Neutral((None,), "set megatron_training.prompt_type=null and data.chat_template=true"),
         "mm_model": Neutral((None,), "use a language model: nothing else is trained"),
-        "ai_framework": Neutral((None,), "set actor_config.ai_framework=null: PyTorch alone"),
-        "multi_latent_attention": Neutral((False,), _FAMILIES, "model.path"),
-        "first_k_dense_replace": Neutral((None, 0), "use a model with experts in every layer", "model.path"),
-        "moe_layer_freq": Neutral((None, 1), "use a model with experts in every layer", "model.path"),
-        "rope_scaling_type": Neutral((None,), "use a model with plain rope", "model.path"),
-        "moe_router_enable_expert_bias": Neutral((False,), _FAMILIES, "model.path"),
-        "moe_router_score_function": Neutral(("softmax",), _FAMILIES, "model.path"),
-        "moe_router_num_groups": Neutral((None, 1), _FAMILIES, "model.path"),
-        "moe_router_group_topk": Neutral((None, 1), _FAMILIES, "model.path"),
         "npu_deterministic": Neutral((False,), "set it to false; run.seed repeats a run on the same kernels"),
+        "ai_framework": Neutral((None,), "set actor_config.ai_framework=null: PyTorch alone"),
     },
     RL: {
         "multi_turn_enable": Neutral(
@@ -180,31 +185,25 @@ NEUTRAL: dict[str, dict[str, Neutral]] = {
         "advantage_whiten": Neutral((True,), "set rl_config.advantage_whiten=true"),
     },
     GENERATE: {"infer_pipeline_parallel_size": Neutral((1,), "set generate_config.infer_pipeline_parallel_size=1")},
-    SAMPLING: {
-        "min_p": Neutral((0,), "set generate_config.sampling_config.min_p=0: rollouts sample by top_p and top_k")
-    },
+    SAMPLING: {},
     "profiler_config": {},
     PROFILER: {},
     "msprobe_config": {"msprobe": Neutral((False,), "set msprobe_config.msprobe=false: nothing is dumped")},
 }
 
 NO_EFFECT = {
-    "role": """use_mcore_models spec transformer_impl use_flash_attn shape_order use_fused_rmsnorm use_fused_swiglu
-        use_fused_rotary_pos_emb use_fused_moe_token_permute_and_unpermute no_bias_dropout_fusion
-        no_masked_softmax_fusion no_gradient_accumulation_fusion gemm_gradient_accumulation_fusion
-        attention_softmax_in_fp32 moe_grouped_gemm moe_permutation_async_comm moe_alltoall_overlap_comm
-        use_ascend_coc coc_mode coc_parallel_num coc_fused_kernel use_distributed_optimizer distributed_backend
-        overlap_grad_reduce overlap_param_gather ddp_bucket_size accumulate_allreduce_grads_in_fp32 reuse_fp32_param
-        swap_attention swap_optimizer recompute_activation_function num_layers_per_virtual_pipeline_stage
-        use_tp_pp_dp_mapping context_parallel_algo use_cp_send_recv_overlap use_fused_ring_attention_update
-        attention_mask_type reset_attention_mask reset_position_ids no_shared_storage no_pad_to_seq_lengths
-        pad_to_multiple_of variable_seq_lengths tokenizer_type tokenizer_not_use_fast tokenizer_padding_side
-        vocab_extra_ids prompt_type_path dataset_additional_keys is_pairwise_dataset is_instruction_dataset
-        full_shuffle_instruction_dataset dataloader_type num_workers split eval_iters eval_interval log_interval
-        log_throughput initial_loss_scale init_method_std no_check_for_nan_in_loss_and_grad enable_high_availability
-        finetune no_load_optim no_load_rng no_save_optim no_save_rng load_checkpoint_loosely pretrained_checkpoint
-        ref_model refer_model_iter do_sample use_kv_cache algorithm lora_fusion lora_ckpt_filter moe_aux_loss_coeff
-        moe_router_load_balancing_type seq_aux""",
+    "role": """use_mcore_models spec transformer_impl shape_order no_bias_dropout_fusion no_masked_softmax_fusion
+        no_gradient_accumulation_fusion attention_softmax_in_fp32 coc_mode coc_parallel_num coc_fused_kernel
+        use_distributed_optimizer distributed_backend overlap_grad_reduce overlap_param_gather ddp_bucket_size
+        accumulate_allreduce_grads_in_fp32 num_layers_per_virtual_pipeline_stage use_tp_pp_dp_mapping
+        use_fused_ring_attention_update attention_mask_type reset_attention_mask reset_position_ids no_shared_storage
+        no_pad_to_seq_lengths pad_to_multiple_of variable_seq_lengths tokenizer_type tokenizer_not_use_fast
+        tokenizer_padding_side vocab_extra_ids prompt_type_path dataset_additional_keys is_pairwise_dataset
+        is_instruction_dataset full_shuffle_instruction_dataset dataloader_type num_workers split eval_iters
+        eval_interval log_interval log_throughput initial_loss_scale init_method_std
+        no_check_for_nan_in_loss_and_grad enable_high_availability finetune no_load_optim no_load_rng no_save_optim
+        no_save_rng load_checkpoint_loosely pretrained_checkpoint ref_model refer_model_iter do_sample use_kv_cache
+        algorithm lora_fusion lora_ckpt_filter seq_aux""",
     RL: """blocking async_engine guarantee_order data_strategy zmq_communication transfer_queue_data_shard_num
         transfer_queue_data_shard_port_base num_cpus_for_local_task num_cpus_for_placement_group
         use_dp_batch_balance integrated_mode_config reference_resource vit_resource share_backbone beta
@@ -219,25 +218,26 @@ NO_EFFECT = {
         swanlab_project swanlab_exp_name swanlab_save_dir tool_config_path max_tool_calls max_parallel_calls
         max_total_response_length max_tool_response_length tool_response_truncate_side tool_parser_format""",
     GENERATE: """limit_mm_image_per_prompt limit_mm_video_per_prompt data_parallel_size tokenizer_name_or_path
-        trust_remote_code eplb_token_collects eplb_token_save_path expert_map_path num_scheduler_steps
+        trust_remote_code eplb_token_collects eplb_token_save_path num_scheduler_steps
         torchair_graph ascend_scheduler_config_enabled""",
     SAMPLING: "logprobs detokenize seed",
     "profiler_config": "",
-    PROFILER: """mstx profile_save_path profile_export_type profile_level profile_with_memory profile_record_shapes
-        profile_with_cpu profile_with_npu profile_with_module profile_step_end profile_analysis profile_ranks""",
+    PROFILER: "mstx profile_save_path profile_with_cpu profile_with_npu profile_with_module",
     "msprobe_config": """dump_path categories actor_infer_dump actor_train_dump critic_train_dump reference_dump
         reward_dump configurations_dump key_data_dump step_start step_end token_range_start token_range_end""",
 }
 
-ARCHITECTURE = """hidden_size ffn_hidden_size num_attention_heads kv_channels group_query_attention num_query_groups
-    untie_embeddings_and_output_weights qk_pos_emb_head_dim qk_head_dim q_lora_rank kv_lora_rank
-    v_head_dim qk_layernorm n_shared_experts moe_ffn_hidden_size moe_router_topk
-    moe_router_topk_scaling_factor norm_topk_prob make_vocab_size_divisible_by padded_vocab_size
-    add_qkv_bias disable_bias_linear attention_bias position_embedding_type rotary_base normalization
-    norm_epsilon swiglu use_rotary_position_embeddings max_position_embeddings
-    original_max_position_embeddings rope_scaling_factor low_freq_factor high_freq_factor beta_fast
-    beta_slow rope_scaling_mscale rope_scaling_mscale_all_dim
-    rope_scaling_original_max_position_embeddings"""
+ARCHITECTURE = """multi_latent_attention first_k_dense_replace moe_layer_freq rope_scaling_type
+    moe_router_enable_expert_bias moe_router_score_function moe_router_num_groups
+    moe_router_group_topk hidden_size ffn_hidden_size num_attention_heads kv_channels
+    group_query_attention num_query_groups untie_embeddings_and_output_weights qk_pos_emb_head_dim
+    qk_head_dim q_lora_rank kv_lora_rank v_head_dim qk_layernorm n_shared_experts
+    moe_ffn_hidden_size moe_router_topk moe_router_topk_scaling_factor norm_topk_prob
+    make_vocab_size_divisible_by padded_vocab_size add_qkv_bias disable_bias_linear attention_bias
+    position_embedding_type rotary_base normalization norm_epsilon swiglu
+    use_rotary_position_embeddings max_position_embeddings original_max_position_embeddings
+    rope_scaling_factor low_freq_factor high_freq_factor beta_fast beta_slow rope_scaling_mscale
+    rope_scaling_mscale_all_dim rope_scaling_original_max_position_embeddings"""
 """What the config.json of model.path says of the model, and MindSpeed-RL's model files once more."""
 
 

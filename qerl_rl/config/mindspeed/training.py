@@ -88,10 +88,6 @@ def schedule(draft: Draft) -> None:
     if draft.source.has(CRITIC):
         share = draft.number(CRITIC, "lr_warmup_fraction", 0.0)
         draft.put("critic.warmup_steps", round(share * updates), CRITIC, "lr_warmup_fraction")
-    if draft.source.get(ACTOR, "recompute_granularity") == "full":
-        for key in ("recompute_method", "recompute_num_layers"):
-            if draft.source.get(ACTOR, key) is not None:
-                draft.differ(ACTOR, key, "every layer is recomputed", "train.recompute")
 
 
 def objective(draft: Draft) -> None:

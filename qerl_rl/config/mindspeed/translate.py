@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from qerl_rl.config.errors import ConfigError
-from qerl_rl.config.mindspeed import sampling, surroundings, training
+from qerl_rl.config.mindspeed import sampling, surroundings, switches, training
 from qerl_rl.config.mindspeed.draft import Draft
 from qerl_rl.config.mindspeed.source import Source
 from qerl_rl.config.mindspeed.tables import (
@@ -88,6 +88,8 @@ def translate(path: Path, tree: DictConfig, overrides: Sequence[str]) -> Transla
     training.batches(draft)
     training.schedule(draft)
     training.adapters(draft)
+    for read in (switches.recomputation, switches.stages, switches.routers, switches.left_out):
+        read(draft)
     if dpo:
         sampling.dpo_lengths(draft)
     else:

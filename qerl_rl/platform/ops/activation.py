@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from qerl_rl.platform.ops.checks import on_npu, require
+from qerl_rl.platform.ops.checks import require
+from qerl_rl.platform.ops.selection import fused
 
 
 def weighted_swiglu(hidden: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
@@ -20,7 +21,7 @@ def weighted_swiglu(hidden: torch.Tensor, probabilities: torch.Tensor) -> torch.
     reference computes in float32 and rounds once.
     """
     _check(hidden, probabilities)
-    if on_npu(hidden):
+    if fused("swiglu", hidden):
         activated = torch.ops.npu.npu_swiglu(hidden.detach(), -1)
         return (activated * probabilities.unsqueeze(-1)).to(hidden.dtype)
     gate, up = hidden.chunk(2, -1)
@@ -36,7 +37,7 @@ def weighted_swiglu_backward(
     torch_npu: npu_swiglu_backward(grad_output, input, dim), the kernel behind torch_npu's own gradient of npu_swiglu.
     """
     _check(hidden, probabilities)
-    if on_npu(hidden):
+    if fused("swiglu", hidden):
         weights = probabilities.unsqueeze(-1)
         weighted = (gradient * weights).to(hidden.dtype)
         grad_hidden = torch.ops.npu.npu_swiglu_backward(weighted, hidden, -1)

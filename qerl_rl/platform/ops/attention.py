@@ -8,7 +8,8 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from qerl_rl.platform.ops.checks import on_npu, require, require_floats
+from qerl_rl.platform.ops.checks import require, require_floats
+from qerl_rl.platform.ops.selection import fused
 
 MASK_SIZE = 2048
 """The kernel's causal modes read a lower triangle of this size, whatever the lengths are."""
@@ -32,7 +33,7 @@ def packed_attention(
     is torch_npu's.
     """
     _check(query, key, value, lengths)
-    if on_npu(query):
+    if fused("packed_attention", query):
         if not len(query):
             return query.new_empty(*query.shape[:2], value.shape[2])
         # The kernel takes where each sequence ends.
@@ -76,7 +77,7 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths:
     require(fits, "packed_attention", needed, **given)
     counted = sum(lengths) == len(query) and min(lengths, default=0) >= 0
     require(counted, "packed_attention", "lengths whose sum is T", lengths=lengths, **given)
-    if on_npu(query):
+    if fused("packed_attention", query):
         fits = value.shape[2] <= query.shape[2] <= WIDEST_HEAD and query.shape[1] <= MOST_HEADS
         needed = f"values no wider than keys, those at most {WIDEST_HEAD} wide, at most {MOST_HEADS} query heads"
         require(fits, "packed_attention", needed, **given)

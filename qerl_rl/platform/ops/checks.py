@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -13,6 +15,19 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 def on_npu(tensor: torch.Tensor) -> bool:
     """Whether the fused kernel computes on this tensor."""
     return tensor.device.type == "npu"
+
+
+def has_triton(tensor: torch.Tensor) -> bool:
+    """Whether Triton kernels run on this tensor: on CUDA always, on an NPU where triton-ascend is installed."""
+    return tensor.device.type == "cuda" or (on_npu(tensor) and has_triton_ascend())
+
+
+@functools.cache
+def has_triton_ascend() -> bool:
+    """Whether the installed Triton makes kernels for NPUs."""
+    # It is a Triton of its own, with one backend more.
+    found = importlib.util.find_spec("triton") is not None
+    return found and importlib.util.find_spec("triton.backends.ascend") is not None
 
 
 def require(holds: bool, operator: str, needed: str, **given: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from qerl_rl.platform.ops.checks import on_npu, require, require_floats
+from qerl_rl.platform.ops.selection import fused
 
 SINGLE_OUTPUT = 2
 BY_ROWS, BY_INNER = 0, 2
@@ -50,10 +51,13 @@ class _GroupedMatmul(torch.autograd.Function):
 
 
 def by_rows(x: torch.Tensor, matrices: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """[T, N]: each group's rows of x [T, K] times its matrix of [E, K, N], which may be a transposed view."""
+    """[T, N]: each group's rows of x [T, K] times its matrix of [E, K, N], which may be a transposed view.
+
+    Elsewhere than on an NPU the matrices may be of another type: each is converted for its product.
+    """
     if not len(x):
         return x.new_empty(0, matrices.shape[2])
-    if on_npu(x):
+    if fused("grouped_matmul", x):
         [y] = torch.ops.npu.npu_grouped_matmul(
             [x.contiguous()],
             [matrices],
@@ -64,12 +68,12 @@ def by_rows(x: torch.Tensor, matrices: torch.Tensor, rows: list[int]) -> torch.T
         )
         return y
     parts = zip(x.split(rows), matrices, strict=True)
-    return torch.cat([part @ matrix for part, matrix in parts])
+    return torch.cat([part @ matrix.to(x.dtype) for part, matrix in parts])
 
 
 def by_inner(left: torch.Tensor, right: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """[E, N, K]: left^T right of each group's rows of left [T, N] and right [T, K]; zeros where there are none."""
-    if on_npu(left) and len(left):
+    if fused("grouped_matmul", left) and len(left):
         [products] = torch.ops.npu.npu_grouped_matmul(
             [left.t()],
             [right.contiguous()],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from qerl_rl.platform.ops.checks import on_npu, require
+from qerl_rl.platform.ops.checks import require
+from qerl_rl.platform.ops.selection import fused
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -25,7 +26,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x=x,
         weight=weight,
     )
-    if on_npu(x):
+    if fused("rms_norm", x):
         return torch.ops.npu.npu_rms_norm(x.to(common), weight, eps)[0].to(x.dtype)
     exact = x.float() if x.dtype != torch.float64 else x
     exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)

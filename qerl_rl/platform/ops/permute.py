@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from qerl_rl.platform.ops.checks import on_npu, require, require_floats
+from qerl_rl.platform.ops.checks import require, require_floats
+from qerl_rl.platform.ops.selection import fused
 
 
 def token_permute(tokens: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,7 +21,7 @@ def token_permute(tokens: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Te
     fits = tokens.dim() == experts.dim() == 2 and len(tokens) == len(experts) and experts.shape[1] > 0
     fits = fits and experts.dtype == torch.int64 and experts.device == tokens.device
     require(fits, "token_permute", "tokens [T, H] and experts int64 [T, k]", tokens=tokens, experts=experts)
-    if on_npu(tokens) and len(tokens):
+    if fused("token_permute", tokens) and len(tokens):
         permuted, positions = torch.ops.npu.npu_moe_token_permute(tokens, experts)
         return permuted, positions
     order = experts.flatten().argsort(stable=True)
@@ -42,7 +43,7 @@ def token_unpermute(permuted: torch.Tensor, positions: torch.Tensor, probabiliti
     fits = fits and probabilities.numel() == len(permuted) and positions.dtype == torch.int32
     given = {"permuted": permuted, "positions": positions, "probabilities": probabilities}
     require(fits, "token_unpermute", "permuted [T * k, H], positions int32 [T * k], probabilities [T, k]", **given)
-    if on_npu(permuted) and len(permuted):
+    if fused("token_permute", permuted) and len(permuted):
         return torch.ops.npu.npu_moe_token_unpermute(permuted, positions, probabilities)
     rows = permuted[positions.long()].unflatten(0, probabilities.shape)
     return (rows * probabilities[..., None]).sum(1)

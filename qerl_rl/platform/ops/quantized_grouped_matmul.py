@@ -1,4 +1,5 @@
-"""Grouped products with quantized matrices: int8 times int8 with a scale a token, and floats times int4."""
+"""Grouped products with quantized matrices: int8 times int8 with a scale a token, floats times int8, floats times
+int4."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from qerl_rl.platform.ops.checks import on_npu, require
+from qerl_rl.platform.ops.checks import require
 from qerl_rl.platform.ops.grouped_matmul import BY_ROWS, ENDS, SINGLE_OUTPUT, by_rows, check_groups, group_ends
 from qerl_rl.platform.ops.quantize import INT4_IN_INT32, unpack_int4
+from qerl_rl.platform.ops.selection import fused
 
 _OUTPUT = {torch.bfloat16: torch.bfloat16, torch.float32: torch.float16}
 """The type of the result, by that of the weights' scales: the combinations that the kernel has."""
@@ -36,7 +38,7 @@ def grouped_matmul_int8(
     dtype = _OUTPUT[weight_scale.dtype]
     if not len(x):
         return x.new_empty(0, weight.shape[1], dtype=dtype)
-    if on_npu(x):
+    if fused("grouped_matmul", x):
         [y] = torch.ops.npu.npu_grouped_matmul(
             [x.contiguous()],
             [weight.transpose(1, 2)],
@@ -53,6 +55,56 @@ def grouped_matmul_int8(
     sums = by_rows(x.double(), weight.transpose(1, 2).double(), rows).float()
     scales = torch.repeat_interleave(weight_scale.float(), torch.tensor(rows), dim=0)
     return (sums * scales * x_scale[:, None]).to(dtype)
+
+
+def grouped_matmul_int8_weights(x: torch.Tensor, weight: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """y[t] = x[t] W[g]^T with the integers as they are, where group g owns the next rows[g] rows of x.
+
+    Scales stay outside, for the caller to multiply the outputs by in float32: the kernel takes them in the type of x
+    only, and a scale rounded to bfloat16 would put all outputs of a column off by one factor.
+    Args: x bfloat16 [T, K] (sums of integers leave the range of float16); weight int8 [E, N, K]; rows: one count a
+    group, zeros allowed.
+    Returns: [T, N] bfloat16. A gradient reaches x, by the same kernel.
+    Raises: ValueError when shapes, types or counts do not fit.
+    torch_npu: npu_grouped_matmul(..., antiquant_scale=ones, antiquant_offset=zeros), pseudo-quantization with int8
+    weights, one scale a column (aclnnGroupedMatmulV4), whose weights may be transposed.
+    """
+    check_groups("grouped_matmul_int8_weights", x, weight.shape, 2, rows, weight=weight)
+    types = x.dtype == torch.bfloat16 and weight.dtype == torch.int8
+    require(types, "grouped_matmul_int8_weights", "bfloat16 x [T, K], int8 weight [E, N, K]", x=x, weight=weight)
+    return _GroupedMatmulInt8Weights.apply(x, weight, rows)
+
+
+class _GroupedMatmulInt8Weights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.rows = rows
+        return _int8_by_rows(x, weight.transpose(1, 2), rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        [weight] = ctx.saved_tensors
+        return _int8_by_rows(gradient.contiguous(), weight, ctx.rows), None, None
+
+
+def _int8_by_rows(x: torch.Tensor, matrices: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """`by_rows` with int8 matrices [E, K, N]."""
+    if not fused("grouped_matmul", x) or not len(x):
+        return by_rows(x, matrices, rows)
+    ones = x.new_ones(matrices.shape[0], matrices.shape[2])
+    [y] = torch.ops.npu.npu_grouped_matmul(
+        [x.contiguous()],
+        [matrices],
+        antiquant_scale=[ones],
+        antiquant_offset=[torch.zeros_like(ones)],
+        group_list=group_ends(rows, x.device),
+        split_item=SINGLE_OUTPUT,
+        group_type=BY_ROWS,
+        group_list_type=ENDS,
+    )
+    return y
 
 
 def grouped_matmul_int4(
@@ -90,7 +142,7 @@ class _GroupedMatmulInt4(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(packed, scale, offset)
         ctx.rows = rows
-        if not on_npu(x) or not len(x):
+        if not fused("grouped_matmul", x) or not len(x):
             return by_rows(x, _dequantized(packed, scale, offset), rows)
         # One scale a column has no dimension of groups.
         whole_columns = scale.shape[1] == 1

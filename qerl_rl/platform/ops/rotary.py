@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from qerl_rl.platform.ops.checks import on_npu, require, require_floats
+from qerl_rl.platform.ops.checks import require, require_floats
+from qerl_rl.platform.ops.selection import fused
 
 WIDEST_HEAD = 896
 """Head dimensions from this one on are refused by the kernel."""
@@ -25,7 +26,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     fits = fits and cos.shape[1] in (1, x.shape[1]) and cos.shape[2] in (1, x.shape[2])
     needed = "x [S, B, N, D] with an even D, cos and sin [S, 1 or B, 1 or N, D]"
     require(fits, "rotary", needed, x=x, cos=cos, sin=sin)
-    if on_npu(x):
+    if fused("rotary", x):
         require(x.shape[3] < WIDEST_HEAD, "rotary", f"heads narrower than {WIDEST_HEAD}", x=x)
         return torch.ops.npu.npu_rotary_mul(x, cos, sin)
     first, second = x.chunk(2, -1)

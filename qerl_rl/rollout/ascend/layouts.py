@@ -20,8 +20,6 @@ from qerl_rl.platform import ops
 Tensors = Mapping[str, torch.Tensor]
 Stored = dict[str, torch.Tensor]
 EXPERT_WEIGHTS = ("w13", "w2")
-MIDDLE_OF_EACH_NIBBLE = -0x77777778
-"""0x88888888 as an int32."""
 
 
 class Layout(NamedTuple):
@@ -58,10 +56,7 @@ def _int4_experts(module: Any, tensors: Tensors) -> Stored:
     """Eight neighbours of a row in an int32, each plus 8; kept are eight neighbours of a column, signed."""
     stored: Stored = {}
     for name in EXPERT_WEIGHTS:
-        matrices = tensors[f"{name}_weight_packed"] ^ MIDDLE_OF_EACH_NIBBLE
-        # One expert at a time: its numbers take eight times the room before they are packed again.
-        packed = [ops.pack_int4(ops.unpack_int4(matrix).t().int()) for matrix in matrices]
-        stored[f"{name}_weight_packed"] = torch.stack(packed)
+        stored[f"{name}_weight_packed"] = ops.repack_int4(tensors[f"{name}_weight_packed"])
         stored[f"{name}_weight_scale"] = tensors[f"{name}_weight_scale"].transpose(1, 2)
     return stored
 

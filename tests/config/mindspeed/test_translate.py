@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -48,6 +50,9 @@ def test_a_launch_file_passes_all_checks_as_it_is(load: Load) -> None:
     assert config.quant.format == "none"
 
 
+BLOCK, LAYERS, BALANCING = "train.recompute_method", "train.recompute_layers", "train.router_load_balancing"
+PROFILE, PROFILE_END = "profiler_config.integrated.profile", "profiler_config.integrated.profile_step_end"
+STAGES = "actor_config.pipeline_model_parallel_size"
 MAPPINGS = [
     ({"actor_config.bf16": False}, "train.dtype", "float32"),
     ({}, "train.expert_parallel", 2),
@@ -57,7 +62,33 @@ MAPPINGS = [
     ({}, "train.token_dispatcher", "alltoall"),
     ({"actor_config.moe_token_dispatcher_type": "allgather"}, "train.token_dispatcher", "allgather"),
     ({"actor_config.recompute_granularity": "full"}, "train.recompute", "full"),
+    ({"actor_config.recompute_granularity": "full", "actor_config.recompute_method": "block"}, BLOCK, "block"),
+    ({"actor_config.recompute_granularity": "full", "actor_config.recompute_num_layers": 3}, LAYERS, 3),
+    ({"actor_config.recompute_num_layers": 3}, LAYERS, 1),
     ({"actor_config.pipeline-model-parallel-size": 2}, "train.pipeline_parallel", 2),
+    # Four layers in three stages, five with an empty one; stages that differ in the middle are evened out.
+    ({STAGES: 3, "actor_config.num_layer_list": "1,1,2"}, "train.layers_per_stage", "1,1,2"),
+    ({STAGES: 2, "actor_config.num_layer_list": [2, 2]}, "train.layers_per_stage", ""),
+    ({STAGES: 8, "actor_config.num_layer_list": "7,7,8,8,8,8,8,7"}, "train.layers_per_stage", "7,8,8,8,8,8,8,6"),
+    ({STAGES: 4, "actor_config.num_layer_list": "1,2,5,1"}, "train.layers_per_stage", "2,3,3,1"),
+    (
+        {STAGES: 16, "actor_config.num_layers": 96, "actor_config.noop_layers": "5,95"},
+        "train.layers_per_stage",
+        "5,6,6,6,6,6,6,6,6,6,6,6,6,6,6,5",
+    ),
+    ({"megatron_training.use_flash_attn": False}, "train.mindspeed.use_flash_attn", False),
+    ({"actor_config.use_fused_rmsnorm": False}, "train.mindspeed.use_fused_rmsnorm", False),
+    ({}, "train.mindspeed.use_fused_swiglu", True),
+    ({"actor_config.moe_router_load_balancing_type": "sinkhorn"}, BALANCING, "sinkhorn"),
+    ({"actor_config.moe_router_load_balancing_type": "seq_aux_loss"}, BALANCING, "auto"),
+    ({"actor_config.moe_router_load_balancing_type": "aux_loss"}, BALANCING, "auto"),
+    ({"actor_config.moe_aux_loss_coeff": 0.01}, BALANCING, "aux_loss"),
+    ({"actor_config.moe_aux_loss_coeff": 0.01}, "train.router_aux_loss_coefficient", 0.01),
+    (
+        {"actor_config.moe_aux_loss_coeff": 0.01, "actor_config.lora_target_modules": ["linear_qkv"]},
+        BALANCING,
+        "auto",
+    ),
     ({}, "train.adam_beta2", 0.999),
     ({"megatron_training.adam_beta2": 0.95}, "train.adam_beta2", 0.95),
     ({"actor_config.clip_grad": 0.5}, "train.max_grad_norm", 0.5),
@@ -117,7 +148,17 @@ MAPPINGS = [
     ({"generate_config.offload_train_grad": True}, "swap.offload_gradients", True),
     ({"generate_config.offload_train_optimizer": True}, "swap.offload_optimizer", True),
     ({}, "rollout.max_sequences", 8),
-    ({"generate_config.max_num_batched_tokens": 16}, "rollout.max_batched_tokens", 48),
+    ({"generate_config.max_num_batched_tokens": 16}, "rollout.max_batched_tokens", 16),
+    ({"generate_config.max_num_batched_tokens": 16}, "rollout.chunked_prefill", True),
+    ({}, "rollout.chunked_prefill", False),
+    ({"generate_config.sampling_config.max_tokens": 30}, "model.max_length", 54),
+    ({"generate_config.sampling_config.min_p": 0.01}, "rollout.min_p", 0.01),
+    (
+        {"generate_config.expert_map_path": "map.json", "generate_config.infer_expert_parallel_size": 16},
+        "rollout.ascend.expert_map_path",
+        "map.json",
+    ),
+    ({"generate_config.expert_map_path": "map.json"}, "rollout.ascend.expert_map_path", ""),
     # Keys and values of 4 layers, 2 of 4 heads a rank, 16 wide, 2 bytes each; 8 sequences of 48 tokens.
     ({}, "rollout.kv_cache_bytes", 2 * 4 * 2 * 16 * 2 * 8 * 48),
     # Half of a quarter of 64 GiB, where that is less than what these sequences need (256 MiB each, in rows of 512 B).
@@ -140,16 +181,23 @@ MAPPINGS = [
     ({"actor_config.lora_target_modules": ["linear_fc1", "linear_fc2"]}, "lora.attention", False),
     ({"actor_config.lora_target_modules": ["linear_qkv"], "actor_config.lora_r": 64}, "lora.rank", 64),
     ({"actor_config.lora_target_modules": ["linear_qkv"]}, "lora.alpha", 16.0),
-    ({"profiler_config.integrated.profile": True}, "profiler.step", 1),
-    ({"profiler_config.integrated.profile_step_start": 3}, "profiler.step", 0),
+    ({"profiler_config.integrated.profile": True}, "profiler.steps", [1]),
+    ({"profiler_config.integrated.profile_step_start": 3}, "profiler.steps", []),
+    ({PROFILE: True, PROFILE_END: 4}, "profiler.steps", [1, 2, 3]),
+    ({PROFILE: True, "profiler_config.integrated.stage": "actor_generate"}, "profiler.stages", ["rollout"]),
+    ({PROFILE: True}, "profiler.ranks", list(range(16))),
+    ({PROFILE: True, "profiler_config.integrated.profile_ranks": [0, 3]}, "profiler.ranks", [0, 3]),
+    ({PROFILE: True, "profiler_config.integrated.profile_level": "level_none"}, "profiler.level", "none"),
+    ({PROFILE: True}, "profiler.kind", "msprof"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "key", "expected"), MAPPINGS, ids=[f"{m[1]}-{i}" for i, m in enumerate(MAPPINGS)])
 def test_each_key_means_what_it_means_there(translated: Translated, changes: dict, key: str, expected: object) -> None:
-    section, name = key.split(".")
-    by_default = getattr(getattr(Config(), section), name)
-    assert translated(with_keys(changes)).values.get(section, {}).get(name, by_default) == expected
+    found: Any = translated(with_keys(changes)).values
+    for name in key.split("."):
+        found = found.get(name, {})
+    assert (functools.reduce(getattr, key.split("."), Config()) if found == {} else found) == expected
 
 
 DAPO = {
@@ -207,10 +255,10 @@ def test_dpo_needs_the_training_section_alone(load: Load) -> None:
 FAULTS = [
     ({"actor_config.context_parallel_size": 2}, "actor_config.context_parallel_size=2", "grpo_small.yaml:", ""),
     (
-        {"actor_config.noop_layers": "5"},
-        "actor_config.noop_layers=5",
-        "train.pipeline_parallel",
-        "train.pipeline_parallel=1",
+        {STAGES: 2, "actor_config.num_layer_list": "4"},
+        "actor_config.num_layer_list=4",
+        "train.layers_per_stage",
+        "train.layers_per_stage=2,2",
     ),
     ({"actor_config.lr_decay_style": "cosine"}, "lr_decay_style=cosine", "constant", "train.warmup_steps=0"),
     (
@@ -221,7 +269,7 @@ FAULTS = [
     ),
     ({"rl_config.multi_turn_enable": True}, "multi_turn_enable=true", "no tools", "rl_config.multi_turn_enable=false"),
     ({"megatron_training.data_path": "./data"}, "data_path=./data", "data.train_path", "data.train_path=x.jsonl"),
-    ({"generate_config.sampling_config.min_p": 0.1}, "sampling_config.min_p=0.1", "top_p", ""),
+    ({PROFILE: True, "profiler_config.integrated.stage": "x"}, "stage=x", "actor_generate", "profiler.stages=[update]"),
     ({"rl_config.verifier_weight": [1.0]}, "verifier_weight=[1.0]", "one weight", ""),
     ({"rl_config.actor_resource": None}, "rl_config.actor_resource", "num_npus", "cluster.workers=16"),
     (
@@ -246,10 +294,10 @@ def test_what_can_not_be_followed_is_named_with_its_line_and_settled_by_an_overr
 
 
 def test_all_that_is_not_done_comes_in_one_error(load: Load) -> None:
-    changes = {"actor_config.context_parallel_size": 2, "generate_config.sampling_config.min_p": 0.1}
+    changes = {"actor_config.context_parallel_size": 2, "rl_config.multi_turn_enable": True}
     with pytest.raises(ConfigError) as caught:
-        load(with_keys(changes), model={"multi_latent_attention": True})
-    for named in ("context_parallel_size=2", "min_p=0.1", "model.small_moe.multi_latent_attention=true"):
+        load(with_keys(changes), model={"mm_model": "x"})
+    for named in ("context_parallel_size=2", "multi_turn_enable=true", "model.small_moe.mm_model=x"):
         assert named in caught.value.problem
     assert "small_moe.yaml:" in caught.value.problem
     assert "\n" not in str(caught.value)
@@ -271,9 +319,14 @@ def test_a_dense_model_is_named_and_another_folder_settles_it(load: Load) -> Non
 
 
 def test_what_is_done_differently_and_what_has_no_effect_is_listed(load: Load) -> None:
-    translation = load(with_keys({"actor_config.load": "./ckpt"})).translation
+    translation = load(
+        with_keys(
+            {"actor_config.load": "./ckpt", "actor_config.swap_optimizer": True, "megatron_training.shape_order": "SBH"}
+        )
+    ).translation
     assert any("actor_config.load=./ckpt" in item and "model.path=FOLDER" in item for item in translation.differs)
-    assert {"megatron_training.use_flash_attn", "rl_config.blocking"} <= set(translation.no_effect)
+    assert {"megatron_training.shape_order", "rl_config.blocking"} <= set(translation.no_effect)
+    assert any("actor_config.swap_optimizer=true: left out: it moves" in item for item in translation.differs)
     assert "model.small_moe.hidden_size" in translation.architecture
     described = translation.describe()
     assert "has no effect here: rl_config.{blocking}" in described
@@ -296,8 +349,8 @@ def test_tables_name_only_keys_that_exist_here() -> None:
     sections = {field.name: field.default_factory() for field in dataclasses.fields(Config)}
     settles = [neutral.instead for kind in tables.NEUTRAL.values() for neutral in kind.values() if neutral.instead]
     for key in [*(rule.ours for rule in rules), *settles]:
-        section, name = key.split(".")
-        assert hasattr(sections[section], name), key
+        section, *names = key.split(".")
+        functools.reduce(getattr, names, sections[section])
 
 
 @pytest.mark.parametrize("kind", ["role", tables.RL, tables.GENERATE, tables.SAMPLING])

@@ -1,6 +1,6 @@
 """Every torch_npu call that the code can make, made under the real torch_npu on tensors without memory.
 
-Run as a program, by `package.run_program`: prints one line of JSON. A case is computed twice, on the
+Run as a program, by `program.run_program`: prints one line of JSON. A case is computed twice, on the
 CPU by the reference and on a fake NPU, where the dispatcher binds the arguments to the operator's schema, torch_npu's
 own autograd records, and its meta kernels say shapes and types. What they do not say is whether a kernel accepts these
 shapes, and what it computes.
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_npu  # noqa: F401 - the operators and the device
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qerl_rl.platform.device import NPU
+from qerl_rl.platform.simulated_npu import package
 from tests.platform.npu.cases import CASES, Case, Tensors, computed
 
 ROOT = Path(__file__).parents[3]
@@ -101,6 +101,7 @@ def _device() -> dict[str, Any]:
 
 def main() -> None:
     warnings.filterwarnings("ignore")
+    package.load()
     kept = _missing_meta_kernels()
     recorder = CallRecorder(torch.ops.npu)
     torch.ops.npu = recorder

@@ -1,4 +1,4 @@
-"""One or more uses of every operator of platform.ops, on the tensors of any device."""
+"""One or more uses of every operator of platform.ops (but that of Triton alone), on the tensors of any device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from qerl_rl.model.base_weight import Base
 from qerl_rl.model.expert_mlp import expert_mlp
+from qerl_rl.model.grouped_experts import grouped_expert_mlp
 from qerl_rl.model.grouped_linear import Adapter
 from qerl_rl.platform import ops
 from qerl_rl.quant.formats import FORMATS
@@ -87,6 +88,17 @@ def _experts(kind: str) -> Case:
     return compute
 
 
+def _stored_experts(kind: str) -> Case:
+    """Activations of 16 bits: the weights are multiplied with as they are stored."""
+
+    def compute(make: Tensors) -> Any:
+        bases = _base(make, kind, 2 * HIDDEN, HIDDEN), _base(make, kind, HIDDEN, HIDDEN)
+        x, probabilities = make.leaf(TOKENS, HIDDEN, dtype=BFLOAT16), make.leaf(TOKENS, dtype=FLOAT32)
+        return grouped_expert_mlp(x, probabilities, ROWS, bases, (None, None))
+
+    return compute
+
+
 def _int8_product(scale_dtype: torch.dtype) -> Case:
     def compute(make: Tensors) -> Any:
         x_scale, weight_scale = make.floats(TOKENS, dtype=FLOAT32), make.floats(EXPERTS, WIDTH, dtype=scale_dtype)
@@ -156,6 +168,10 @@ CASES: dict[str, Case] = {
     ),
     "grouped_matmul_int8": _int8_product(BFLOAT16),
     "grouped_matmul_int8, float16": _int8_product(FLOAT32),
+    "grouped_matmul_int8_weights": lambda make: ops.grouped_matmul_int8_weights(
+        make.leaf(TOKENS, HIDDEN, dtype=BFLOAT16), make.int8(EXPERTS, WIDTH, HIDDEN), ROWS
+    ),
+    "repack_int4": lambda make: ops.repack_int4(make.packed(EXPERTS, WIDTH, HIDDEN // 8)),
     "grouped_matmul_int4, a scale a column": _int4_product(1, with_offset=False),
     "grouped_matmul_int4, groups": _int4_product(2, with_offset=True),
     "routed_matmul": _routed,
@@ -172,6 +188,8 @@ CASES: dict[str, Case] = {
     "experts, float": _experts("float"),
     "experts, w8a8": _experts("w8a8"),
     "experts, w4a16": _experts("w4a16"),
+    "stored experts, w8a8": _stored_experts("w8a8"),
+    "stored experts, w4a16": _stored_experts("w4a16"),
 }
 
 

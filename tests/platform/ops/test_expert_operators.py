@@ -9,19 +9,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qerl_rl.platform.ops import (
+    Int4Matrices,
     add_noise,
+    decode_experts_int4,
     dynamic_quantize,
     gating_top_k_softmax,
     grouped_matmul,
     grouped_matmul_int4,
     grouped_matmul_int8,
+    grouped_matmul_int8_weights,
     normal_numbers,
     pack_int4,
+    repack_int4,
     to_fractal_nz,
     token_permute,
     token_unpermute,
     unpack_int4,
 )
+from qerl_rl.quant.formats import get_format
+from qerl_rl.quant.int4 import W4A16, W4A16Asymmetric
 
 SIMPLE = settings(deadline=None, derandomize=True, max_examples=20)
 COUNTS = st.lists(st.integers(0, 5), min_size=1, max_size=5)
@@ -75,6 +81,56 @@ def test_int8_product_is_the_integers_times_both_scales(rows: list[int], outputs
     assert found.dtype == torch.bfloat16
     # One rounding to the 8 bits of bfloat16, after three to the 24 of float32.
     torch.testing.assert_close(found.double(), expected, rtol=2**-8 + 2**-20, atol=1e-30)
+
+
+@SIMPLE
+@given(rows=COUNTS, outputs=st.integers(1, 9))
+def test_product_with_int8_weights_and_its_gradient_are_those_of_the_integers(rows: list[int], outputs: int) -> None:
+    weight = _integers(-128, 128, len(rows), outputs, 16, seed=1).to(torch.int8)
+    found, expected = (_random(sum(rows), 16, seed=2, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    # Each int8 is a bfloat16.
+    y, oracle = grouped_matmul_int8_weights(found, weight, rows), grouped_matmul(expected, weight.bfloat16(), rows)
+    assert torch.equal(y, oracle)
+    gradient = _random(*y.shape, seed=3, dtype=torch.bfloat16)
+    y.backward(gradient)
+    oracle.backward(gradient)
+    assert torch.equal(found.grad, expected.grad)
+
+
+@SIMPLE
+@given(experts=st.integers(1, 3), outputs=st.integers(1, 4), words=st.integers(1, 4))
+def test_repacked_checkpoint_weights_are_those_of_the_format_transposed(experts: int, outputs: int, words: int) -> None:
+    format = get_format("w4a16", -1)
+    parts = format.quantize(_random(experts, 8 * outputs, 8 * words, seed=outputs, dtype=torch.float32))
+    floats = format.dequantize(parts).transpose(1, 2)
+    repacked = repack_int4(parts["_packed"])
+    assert repacked.shape == (experts, 8 * words, outputs)
+    assert torch.equal(unpack_int4(repacked) * parts["_scale"].transpose(1, 2), floats)
+
+
+@SIMPLE
+@given(chosen=st.lists(st.lists(st.integers(-1, 3), min_size=2, max_size=2), max_size=8), with_offset=st.booleans())
+def test_experts_of_a_few_tokens_are_the_textbooks_on_the_formats_floats(
+    chosen: list[list[int]], with_offset: bool
+) -> None:
+    format = (W4A16Asymmetric if with_offset else W4A16)(32, torch.float32)
+    matrices, floats = [], []
+    for seed, shape in ((1, (4, 2 * 32, 64)), (2, (4, 64, 32))):
+        parts = format.quantize(_random(*shape, seed=seed, dtype=torch.float32))
+        floats.append(format.dequantize(parts).double())
+        offset = -parts["_zero_point"].float().transpose(1, 2) if with_offset else None
+        matrices.append(Int4Matrices(repack_int4(parts["_packed"]), parts["_scale"].transpose(1, 2), offset))
+    indices = torch.tensor(chosen, dtype=torch.int64).view(-1, 2)
+    x, weights = (_random(len(indices), size, seed=size, dtype=torch.float32) for size in (64, 2))
+    expected = torch.zeros(len(indices), 64, dtype=torch.float64)
+    for token, slot in (indices >= 0).nonzero().tolist():
+        expert = indices[token, slot]
+        gate, up = (floats[0][expert] @ x[token].double()).chunk(2)
+        expected[token] += floats[1][expert] @ (torch.nn.functional.silu(gate) * up) * weights[token, slot].double()
+    found = decode_experts_int4(x, indices, weights, *matrices)
+    # 96 roundings of float32 in the two sums, of numbers that may be a few times the result.
+    largest = float(expected.abs().max()) if len(expected) else 0.0
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2**-16 * largest)
 
 
 @SIMPLE

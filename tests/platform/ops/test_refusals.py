@@ -23,6 +23,22 @@ def _int32(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int32)
 
 
+def _decode(
+    tokens: int = 1,
+    width: int = 8,
+    groups: int = 1,
+    offset: torch.Tensor | None = None,
+    probabilities: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Two experts of 16 inputs and 8 columns, of which each token chooses both."""
+    gate_up = ops.Int4Matrices(_int32(2, 16, 2), _floats(2, groups, 16), offset)
+    down = ops.Int4Matrices(_int32(2, width, 2), _floats(2, 1, 16))
+    chosen = torch.zeros(tokens, 2, dtype=torch.int64)
+    return ops.decode_experts_int4(
+        _floats(tokens, 16), chosen, _floats(tokens, 2) if probabilities is None else probabilities, gate_up, down
+    )
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "norm of another width": (lambda: ops.rms_norm(_floats(2, 8), _floats(7), 1e-6), r"weight bfloat16\[7\]"),
     "narrower norm weight": (lambda: ops.rms_norm(_floats(2, 8).float(), _floats(8), 1e-6), r"x float32\[2, 8\]"),
@@ -52,6 +68,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "counts of other rows": (lambda: ops.grouped_matmul(_floats(4, 8), _floats(2, 6, 8), [2, 1]), r"rows \[2, 1\]"),
     "a count too few": (lambda: ops.grouped_matmul(_floats(4, 8), _floats(2, 6, 8), [4]), "one count a matrix"),
     "negative count": (lambda: ops.grouped_matmul(_floats(4, 8), _floats(2, 6, 8), [5, -1]), r"rows \[5, -1\]"),
+    "int8 weights and float16": (
+        lambda: ops.grouped_matmul_int8_weights(_floats(4, 8).half(), _int8(2, 6, 8), [2, 2]),
+        r"x float16\[4, 8\]",
+    ),
+    "outputs that fill no word": (lambda: ops.repack_int4(_int32(2, 7, 3)), r"packed int32\[2, 7, 3\]"),
+    "more tokens than a few": (lambda: _decode(tokens=33), "at most 64 pairs"),
+    "experts of other columns": (lambda: _decode(width=16), r"down int32\[2, 16, 2\]"),
+    "groups of four": (lambda: _decode(groups=4), r"gate_up.scale bfloat16\[2, 4, 16\]"),
+    "offsets of other groups": (lambda: _decode(offset=_floats(2, 2, 16)), r"gate_up.offset bfloat16\[2, 2, 16\]"),
+    "probabilities of other experts": (lambda: _decode(probabilities=_floats(1, 3)), r"probabilities bfloat16\[1, 3\]"),
     "scales of other outputs": (
         lambda: ops.grouped_matmul_int8(_int8(4, 8), torch.zeros(4), _int8(2, 6, 8), _floats(2, 5), [2, 2]),
         r"weight_scale bfloat16\[2, 5\]",

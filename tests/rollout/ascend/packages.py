@@ -62,7 +62,7 @@ class Packages:
             path = folder.joinpath(*name.split("."))
             for file, is_package in ((path / "__init__.py", True), (path.with_suffix(".py"), False)):
                 if file.is_file():
-                    return Module(name, is_package, ast.parse(file.read_text(encoding="utf-8")))
+                    return _parsed(file, name, is_package)
         return None
 
     def holds(self, name: str) -> bool:
@@ -162,6 +162,12 @@ class Packages:
         by_keyword = [argument.arg for argument in given.kwonlyargs]
         needed += [name for name, default in zip(by_keyword, given.kw_defaults, strict=True) if default is None]
         return Arguments(names, by_keyword, needed, given.vararg is not None, given.kwarg is not None)
+
+
+@functools.cache
+def _parsed(file: Path, name: str, is_package: bool) -> Module:
+    """What takes the time, and is the same in all packages that a file belongs to."""
+    return Module(name, is_package, ast.parse(file.read_text(encoding="utf-8")))
 
 
 def absolute(source: Module, node: ast.ImportFrom) -> str:

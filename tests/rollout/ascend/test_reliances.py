@@ -178,6 +178,17 @@ EVERY_KEY = AscendConfig(
 )
 
 
+def test_nothing_is_handed_over_that_the_engine_would_ignore() -> None:
+    known = _texts(sources.vllm_ascend(), "vllm_ascend/ascend_config.py")
+    config = ascend_options.additional_config(EVERY_KEY)
+    assert {*config, *config["eplb_config"]} <= known
+    # What is handed over otherwise, and what no engine hears of.
+    elsewhere = {"card", "sleep_mode", "graph_mode", "capture_sizes", "max_capture_size", "batch_invariant"}
+    elsewhere |= {"fused_int4_decode"}
+    counted = len(config) - 1 + len(config["eplb_config"]) + len(("expert_map_path", "eplb_record_path"))
+    assert counted == len(dataclasses.fields(AscendConfig)) - len(elsewhere)
+
+
 def _read_by_the_wheel(ascend: AscendConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
     """vllm-ascend's own AscendConfig of what an engine is made with."""
     for name, value in ascend.variables.items():

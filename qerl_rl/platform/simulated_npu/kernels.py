@@ -1,7 +1,6 @@
-"""A simulated NPU: torch_npu's device, allocator and autograd are the real ones, its memory is the host's (acl.c), and
-what would run as a kernel runs on the CPU, on views of the same memory.
+"""What would run as a kernel of the simulated NPU runs on the CPU, on views of the same memory (acl.c).
 
-It does not prove numerics, NZ formats, kernel limits or speed: what is computed is what this file and `operators` say.
+It proves no numerics, NZ formats, kernel limits or speed: what is computed is what this file and `operators` say.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ UNUSED = (
     "fft_",
 )
 """Left as they are, with an error where one of them needs a kernel."""
-_kept: list[torch.library.Library] = []
+kept: list[torch.library.Library] = []
 """A library that is freed takes its kernels along."""
 
 
@@ -100,8 +99,8 @@ def kernel(compute: Callable[..., Any]) -> Callable[..., Any]:
 def install() -> None:
     """Give every aten kernel of torch_npu that computes values its CPU counterpart."""
     library = torch.library.Library("aten", "IMPL")
-    _kept.append(library)
-    for name, operator in _operators("PrivateUse1"):
+    kept.append(library)
+    for name, operator in registered("PrivateUse1"):
         if any(part in name for part in OWN + UNUSED) or name == "copy_" or _returns_view(operator):
             continue
         library.impl(name, kernel(operator), "PrivateUse1", allow_override=True)
@@ -110,22 +109,14 @@ def install() -> None:
     # torch_npu differentiates some operators of many parts itself, with kernels that are not there: torch's own
     # decomposition takes their place.
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name, operator in _operators("AutogradPrivateUse1"):
+    for name, operator in registered("AutogradPrivateUse1"):
         if has_kernel(f"aten::{name}", "CompositeImplicitAutograd"):
             library.impl(name, operator.decompose, "AutogradPrivateUse1", allow_override=True)
             if has_kernel(f"aten::{name}", "PrivateUse1"):
                 library.impl(name, operator.decompose, "PrivateUse1", allow_override=True)
 
 
-def install_collectives() -> None:
-    """Give collectives on simulated tensors to the group's CPU backend (gloo), on views of their memory."""
-    library = torch.library.Library("c10d", "IMPL")
-    _kept.append(library)
-    for name, operator in _operators("PrivateUse1", "c10d"):
-        library.impl(name, kernel(operator), "PrivateUse1", allow_override=True)
-
-
-def _operators(key: str, of: str = "aten") -> list[tuple[str, Any]]:
+def registered(key: str, of: str = "aten") -> list[tuple[str, Any]]:
     """(name with overload, operator) of the namespace `of` that torch_npu registered for a dispatch key."""
     found = []
     for qualified in torch._C._dispatch_get_registrations_for_dispatch_key(key):
@@ -160,7 +151,7 @@ def install_kernels(kernels: dict[str, Callable[..., Any]]) -> None:
     Raises: AttributeError when torch_npu has no such operator.
     """
     library = torch.library.Library("npu", "IMPL")
-    _kept.append(library)
+    kept.append(library)
     for name, compute in kernels.items():
         named = _by_schema(getattr(torch.ops.npu, name).default._schema, compute)
         library.impl(name, kernel(named), "PrivateUse1", allow_override=True)

@@ -6,6 +6,7 @@ other. Sums are float32 (float64 for integers), results have the types that the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -143,7 +144,8 @@ def _group_product(
     x: torch.Tensor, weight: torch.Tensor, group: int, span: slice, scales: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     if "antiquant_scale" in scales:
-        values, factors = _int4(weight), scales["antiquant_scale"][group].float()
+        values = weight.float() if weight.dtype == torch.int8 else _int4(weight)
+        factors = scales["antiquant_scale"][group].float()
         offsets = scales["antiquant_offset"][group].float()
         copies = values.shape[0] // (factors.shape[0] if factors.dim() == 2 else 1)
         factors, offsets = (each.view(-1, values.shape[1]).repeat_interleave(copies, 0) for each in (factors, offsets))
@@ -248,7 +250,7 @@ def _only(holds: bool, what: str) -> None:
         raise NotImplementedError(f"the simulated operator is for {what} only")
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "npu_rms_norm": rms_norm,
     "npu_rms_norm_backward": rms_norm_backward,
     "npu_swiglu": swiglu,

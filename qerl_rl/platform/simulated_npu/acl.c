@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DEVICES 2
+#define DEVICES 16
 #define CAPACITY ((size_t)64 << 30)
 #define ALIGNMENT 512
 enum { SUCCESS = 0, OUT_OF_MEMORY = 207001, NOT_SUPPORTED = 500002 };

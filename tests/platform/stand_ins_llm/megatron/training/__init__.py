@@ -1,0 +1,1 @@
+"""Stands in for what Megatron-LM has and megatron-core on PyPI has not."""
