@@ -150,7 +150,7 @@ class AscendConfig(SimpleNamespace):
         )
 
 
-class _Method:
+class UnquantizedMethod:
     """vLLM's method of unquantized layers, which does nothing with weights off a CPU."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -160,7 +160,7 @@ class _Method:
         """Nothing is done."""
 
 
-class UnquantizedFusedMoEMethod(_Method):
+class UnquantizedFusedMoEMethod(UnquantizedMethod):
     def _maybe_pad_weight(self, weight: torch.Tensor) -> torch.Tensor:
         # vLLM pads on AMD's cards alone.
         return weight
@@ -194,12 +194,12 @@ def given(description: dict[str, Any], ascend: AscendConfig) -> dict[str, dict[s
         "vllm.distributed": {"get_tensor_model_parallel_world_size": lambda: 1},
         "vllm.model_executor.utils": {"set_weight_attrs": set_weight_attrs},
         "vllm.model_executor.layers.linear": {
-            "UnquantizedLinearMethod": _Method,
+            "UnquantizedLinearMethod": UnquantizedMethod,
             "LinearMethodBase": object,
             "RowParallelLinear": type("RowParallelLinear", (), {}),
         },
         "vllm.model_executor.layers.fused_moe.layer": {"UnquantizedFusedMoEMethod": UnquantizedFusedMoEMethod},
-        "vllm.model_executor.layers.fused_moe": {"FusedMoEMethodBase": _Method},
+        "vllm.model_executor.layers.fused_moe": {"FusedMoEMethodBase": UnquantizedMethod},
         "vllm.utils.math_utils": {"cdiv": lambda a, b: -(-a // b)},
         "vllm_ascend.envs": {"VLLM_VERSION": VERSION},
         "vllm_ascend.distributed.parallel_state": {"get_mc2_group": lambda: None},
