@@ -20,12 +20,13 @@ from qerl_rl.data.source import PromptSource
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.fit import check_layout
 from qerl_rl.model.formats import check_checkpoint, check_rounding
+from qerl_rl.platform.determinism import contradiction
 from qerl_rl.quant.checkpoint import stored_format
 from qerl_rl.quant.quantize import recipe_of
 from qerl_rl.reshard.moved import moved_tensors, target_layout
 from qerl_rl.rewards import load_rewards
 from qerl_rl.rewards.model import check_reward_model
-from qerl_rl.rollout.limits import check_expert_sizes, check_kv_cache
+from qerl_rl.rollout.limits import check_expert_sizes, check_kv_cache, check_latent_width
 from trainer.ascend import check_ascend, is_for_npu
 from trainer.resume import ResumePoint, find_resume
 from trainer.simulation import prepare_simulation
@@ -67,6 +68,7 @@ def preflight(loaded: LoadedConfig, resume: str = "never", *, dry_run: bool = Fa
     """
     config = loaded.config
     check_config(config, loaded.locate)
+    _check_determinism(loaded)
     prepare_simulation(loaded, dry_run=dry_run)
     if not Path(config.model.path, "config.json").is_file():
         raise ConfigError(
@@ -111,6 +113,19 @@ def _check_format(loaded: LoadedConfig) -> None:
         )
 
 
+def _check_determinism(loaded: LoadedConfig) -> None:
+    """The environment that the launch file gives its workers must not undo run.deterministic."""
+    config = loaded.config
+    found = contradiction(config.train.device, config.cluster.environment) if config.run.deterministic else None
+    if found:
+        name, value = found
+        raise ConfigError(
+            f"run.deterministic=true, but cluster.environment.{name}={config.cluster.environment[name]}.",
+            fix=f"take {name} out of cluster.environment (it becomes {value}), or set run.deterministic to false",
+            where=loaded.locate(f"cluster.environment.{name}"),
+        )
+
+
 def _check_functions(loaded: LoadedConfig) -> None:
     """The advantages and the loss that the launch file names must exist and take what they are called with."""
     algorithm = loaded.config.algorithm
@@ -150,6 +165,8 @@ def _check_model_layouts(loaded: LoadedConfig, architecture: MoeArchitecture, ha
             on_npu = is_for_npu(config)
             if not on_npu:
                 check_expert_sizes(config.model.path, rollout)
+            if config.train.device in ("cpu", "npu-sim"):
+                check_latent_width(config.model.path)
             check_kv_cache(rollout, on_npu=on_npu)
             target_layout(config, architecture, moved_tensors(config, architecture))
     except ConfigError as error:

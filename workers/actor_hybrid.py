@@ -84,12 +84,15 @@ class ActorHybridWorker:
         os.environ.update(WORLD_SIZE=str(self.world_size), LOCAL_WORLD_SIZE=str(self.world_size))
 
         from qerl_rl.platform import detect, prepare_megatron
+        from qerl_rl.platform.determinism import compute_deterministically
 
         device = detect(self.config.train.device)
         device.select(local_rank)
         prepare_megatron(device, self.config)
         import torch
 
+        if self.config.run.deterministic:
+            compute_deterministically()
         torch.distributed.init_process_group(device.collective_backend, rank=self.rank, world_size=self.world_size)
         self.train, beside = self._load_models()
         if self.config.has_rollout_engine:
@@ -97,6 +100,11 @@ class ActorHybridWorker:
         seed_global_generators(self.config.run.seed, self.rank)
 
     def _start_rollout(self, beside: Mapping[str, ModelEngine]) -> None:
+        from qerl_rl.platform import detect
+        from qerl_rl.rollout.environment import ask_for_batch_invariance
+
+        if self.config.run.deterministic:
+            ask_for_batch_invariance(detect(self.config.train.device).name)
         # Importing vLLM takes seconds, which a run without a rollout is spared.
         from qerl_rl.reshard.shared_base import share_base
         from qerl_rl.reshard.swap import Swap

@@ -15,6 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qerl_rl.config.schema import Config
+from qerl_rl.platform.determinism import deterministic_variables
 from workers.actor_hybrid import ActorHybridWorker
 from workers.reward import RewardWorker
 
@@ -178,4 +179,6 @@ def worker_environment(config: Config) -> dict[str, str]:
     if not config.cluster.address:
         # One machine: the loopback interface is always there, whatever its host name resolves to.
         fixed["GLOO_SOCKET_IFNAME"] = "lo"
+    if config.run.deterministic:
+        fixed |= deterministic_variables(config.train.device)
     return fixed | config.cluster.environment

@@ -12,7 +12,7 @@ from qerl_rl.rewards.model import MODEL, RewardModel
 from qerl_rl.rewards.scorer import RewardScorer, Sample, Scores
 from qerl_rl.rewards.votes import SAME_VALUE, comparison_of, group_answers, judge_of
 from qerl_rl.start_up import collector_paused
-from transfer_dock import TransferDock
+from transfer_dock import SampleKey, TransferDock
 
 
 class RewardWorker:
@@ -32,6 +32,10 @@ class RewardWorker:
         self.scorer = RewardScorer(self.config.reward, [SAME_VALUE] if votes_by_value else [])
         own = self.config.reward_model
         self.model = RewardModel(own, self.config.data) if own.path and own.backend == "hf" else None
+        if self.model is not None and self.config.run.deterministic:
+            from qerl_rl.platform.determinism import compute_deterministically
+
+            compute_deterministically()
 
     def score(self, dock: TransferDock, samples: int) -> dict[str, float]:
         """Score the next `samples` samples, group by group as they finish.
@@ -40,14 +44,16 @@ class RewardWorker:
             where there is a reward model.
         """
         group_size = self.config.algorithm.samples_per_prompt
+        # A model's score of a text depends, in its last bits, on the texts beside it: on who is done by then.
+        alone = self.config.run.deterministic and self.model is not None
         failures, done = 0, 0
-        sums: dict[str, float] = {}
+        parts: dict[str, dict[SampleKey, float]] = {}
         while done < samples:
             batch = dock.get(
                 "reward",
                 samples - done,
                 whole_groups=True,
-                minimum=group_size,
+                minimum=samples if alone else group_size,
                 timeout=self.config.fault.rollout_timeout_s,
             )
             texts = self.tokenizer.batch_decode(list(batch.columns["responses"].rows()), skip_special_tokens=True)
@@ -58,8 +64,10 @@ class RewardWorker:
             failures += len(scores.failures)
             done += len(batch.keys)
             for name, part in scores.parts.items():
-                sums[name] = sums.get(name, 0.0) + float(part.sum(dtype=float))
-        return {"failures": float(failures), **{name: total / done for name, total in sums.items()}}
+                parts.setdefault(name, {}).update(zip(batch.keys, part.tolist(), strict=True))
+        # In one order, whichever group was done first: sums of floats depend on it.
+        means = {name: sum(part for _, part in sorted(found.items())) / done for name, found in parts.items()}
+        return {"failures": float(failures), **means}
 
     def evaluate(self, questions: list[tuple[str, list[list[int]], str]]) -> dict[str, float]:
         """Metrics of (prompt text, tokens of each response, answer) questions that do not travel through the dock.

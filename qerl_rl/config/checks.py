@@ -74,6 +74,14 @@ def _check_train_layout(config: Config) -> Fault:
         if train.recompute != "full" and _get(config, key) != default:
             problem = f"{key}={_get(config, key)}, but train.recompute={train.recompute} does not ask for it."
             return key, problem, f"set train.recompute to full, or leave {key} out"
+    if train.layers_per_stage and not re.fullmatch(r"[1-9]\d*(, *[1-9]\d*)*", train.layers_per_stage):
+        key = "train.layers_per_stage"
+        fix = f"write {pipeline} numbers above 0 with commas between them, those of the model's layers together"
+        return key, f"{key}={train.layers_per_stage} are no numbers of layers.", fix
+    if train.layers_per_stage and len(train.stage_layers) != pipeline:
+        key = "train.layers_per_stage"
+        problem = f"{key}={train.layers_per_stage} are {len(train.stage_layers)} stages, train.pipeline_parallel is"
+        return key, f"{problem} {pipeline}.", f"set train.pipeline_parallel to {len(train.stage_layers)}"
     if tensor > 1 and not train.sequence_parallel:
         key = "train.sequence_parallel"
         problem = f"train.tensor_parallel={tensor} without sequence parallelism: Megatron trains no MoE that way."

@@ -19,6 +19,9 @@ def profiler_fault(config: Config) -> Fault:
                 return key, f"{key} holds {number}: there is none.", f"set {key} to numbers from {least} to {most}"
     if not profiler.steps:
         return None
+    if config.train.device == "npu-sim":
+        problem = "profiler.steps asks for traces, and train.device=npu-sim has no driver that could write them."
+        return "profiler.steps", problem, "set profiler.steps to [], or train.device to another"
     if profiler.kind == "msprof" and config.train.device in ("cpu", "cuda"):
         problem = f"profiler.kind=msprof profiles NPUs, and train.device={config.train.device}."
         return "profiler.kind", problem, "set profiler.kind to torch"

@@ -30,6 +30,8 @@ class RunConfig:
     output_dir: str = "outputs/run"
     seed: int = 1
     steps: int = 10
+    deterministic: bool = False
+    """Repeat a run bit for bit on the same devices, with operators and collectives that do (docs/determinism.md)."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class TrainConfig(RouterConfig):
     @property
     def stage_layers(self) -> tuple[int, ...]:
         """layers_per_stage as numbers; none where all stages are alike."""
-        return tuple(int(count) for count in self.layers_per_stage.split(",") if count.strip())
+        return tuple(int(count) for count in self.layers_per_stage.split(",") if count.strip().isdecimal())
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,7 @@ def transformer_config(architecture: MoeArchitecture, train: TrainConfig) -> Tra
         batch_p2p_comm=False,
         calculate_per_token_loss=True,
         use_cpu_initialization=True,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         perform_initialization=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

@@ -22,6 +22,15 @@ NOTHING_COMPILED = {
 }
 
 
+def ask_for_batch_invariance(device: str) -> None:
+    """Have an engine on `device` take kernels whose results don't depend on what else is in the batch, if it has them.
+
+    vLLM has them for CUDA; vllm-ascend's are asked for in the launch file. A variable that the user has set stays.
+    """
+    if device == "cuda":
+        os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+
+
 def configure_environment(rollout: RolloutConfig | None = None) -> None:
     """Set what vLLM reads from the environment; a logging level that the user has set stays.
 

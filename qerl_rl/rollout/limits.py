@@ -11,6 +11,8 @@ from qerl_rl.rollout.load_plan import LoadPlan
 
 NPU_PLATFORMS = ("910", "a5")
 """Columns of quant/platforms.py that vllm-ascend runs."""
+CPU_LATENT = (512, 64)
+"""kv_lora_rank and qk_rope_head_dim of vLLM's CPU_MLA and AMX_MLA backends (their head size 576)."""
 TILE = 32
 """vLLM's int8 CPU expert kernel works on tiles of this many rows and columns, attention on blocks of as many tokens."""
 
@@ -19,6 +21,7 @@ def check_engine(plan: LoadPlan, rollout: RolloutConfig) -> None:
     """Raise ConfigError for what the engine of this plan's platform can't run."""
     if plan.platform == "cpu":
         check_expert_sizes(plan.reader.path, rollout)
+        check_latent_width(plan.reader.path)
     check_kv_cache(rollout, on_npu=plan.platform in NPU_PLATFORMS)
     check_groups(plan, rollout)
 
@@ -51,11 +54,25 @@ def check_expert_sizes(model_path: str | Path, rollout: RolloutConfig) -> None:
         )
 
 
+def check_latent_width(model_path: str | Path) -> None:
+    """Raise ConfigError for latent attention that vLLM's CPU kernels were not compiled for."""
+    config = json.loads((Path(model_path) / "config.json").read_text())
+    found = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
+    if found[0] is not None and found != CPU_LATENT:
+        raise ConfigError(
+            f"kv_lora_rank + qk_rope_head_dim = {found[0]} + {found[1]}: the engine's CPU kernels have latents of "
+            f"{CPU_LATENT[0]} + {CPU_LATENT[1]} only, those of DeepSeek-V2 and V3.",
+            fix="use a model with these sizes, or run the engine on NPUs",
+            where=str(Path(model_path) / "config.json"),
+        )
+
+
 def check_groups(plan: LoadPlan, rollout: RolloutConfig) -> None:
     """Raise ConfigError where tensor parallel cuts through groups of weights that share a scale."""
     ranks, folder = rollout.tensor_parallel, plan.reader.path
     config = json.loads((folder / "config.json").read_text())
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    values = config.get("v_head_dim") or config.get("head_dim")
+    head_dim = values or config["hidden_size"] // config["num_attention_heads"]
     cut = {"self_attn.o_proj": config["num_attention_heads"] * head_dim}
     if not rollout.expert_parallel:
         cut[".experts.0."] = config.get("moe_intermediate_size") or config["intermediate_size"]

@@ -7,7 +7,8 @@ kernels hold already. vllm-ascend's layers keep more than parameters, and are wr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,12 +36,44 @@ def unpacked_parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return parameters | ({"bias": bias} if isinstance(bias, torch.Tensor) else {})
 
 
+def absorbing_layers(model: torch.nn.Module) -> dict[torch.nn.Module, Any]:
+    """By the up projection of a latent attention: the layer that has multiplied it into queries and outputs."""
+    return {
+        module.kv_b_proj: module
+        for module in model.modules()
+        if hasattr(module, "kv_b_proj") and hasattr(module, "process_weights_after_loading")
+    }
+
+
+@contextmanager
+def _absorbed(module: Any, absorbing: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the layer `absorbing` (if any) takes up the weights of `module` as soon as they are packed.
+
+    It may drop them afterwards, as it did when the model was loaded: both must see the same order.
+    """
+    if absorbing is None:
+        yield
+        return
+    method = module.quant_method
+    original = method.process_weights_after_loading
+
+    def pack_and_absorb(layer: torch.nn.Module) -> None:
+        original(layer)
+        absorbing.process_weights_after_loading(dtype)
+
+    method.process_weights_after_loading = pack_and_absorb
+    try:
+        yield
+    finally:
+        del method.process_weights_after_loading
+
+
 @torch.no_grad()
-def repack(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+def repack(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor], absorbing: Any = None) -> None:
     """Give `module` these parameters, of the names and shapes of `unpacked_parameters`, and let its kernels pack them.
 
     What a checkpoint holds once a matrix may come once a row [..., N, 1]. What is missing (the shape that int4 weights
-    carry beside them) stays as it is.
+    carry beside them) stays as it is. absorbing: the layer that keeps the weights in another form besides.
     """
     if is_ascend(module):
         expected = unpacked_parameters(module)
@@ -48,20 +81,21 @@ def repack(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor]) -
         rewrite(module, {name: _typed(tensor, expected[name]) for name, tensor in tensors.items()})
         refresh_attention(module, vllm_config)
     else:
-        _reload(module, vllm_config, tensors)
+        _reload(module, vllm_config, tensors, absorbing)
 
 
 def _typed(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return once_a_matrix(tensor, parameter).to(parameter.dtype)
 
 
-def _reload(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+def _reload(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor], absorbing: Any) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     expected = unpacked_parameters(module)
     kept = {name: getattr(module, name).clone() for name in expected.keys() - tensors.keys()}
+    dtype = vllm_config.model_config.dtype
     if hasattr(module.quant_method, "moe_kernel"):
         # With a kernel in place, unquantized experts would take their weights for packed already.
         module.quant_method.moe_kernel = None
@@ -69,7 +103,8 @@ def _reload(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor]) 
     for name, parameter in expected.items():
         if name != "bias":
             parameter.weight_loader = _take
-    with set_current_vllm_config(vllm_config), set_default_torch_dtype(vllm_config.model_config.dtype):
+    absorbed = _absorbed(module, absorbing, dtype)
+    with set_current_vllm_config(vllm_config), set_default_torch_dtype(dtype), absorbed:
         if "bias" in tensors:
             module.bias.data.copy_(tensors["bias"])
         initialize_layerwise_reload(module)

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from qerl_rl.layout.architecture import MoeArchitecture
+from qerl_rl.layout.slots import ROUTER_BIAS
 from qerl_rl.quant.formats import Format
 from qerl_rl.rollout.adapters import check_complete
 from qerl_rl.rollout.load_plan import LoadPlan
-from qerl_rl.rollout.repack import packed_modules, repack, unpacked_parameters
+from qerl_rl.rollout.repack import absorbing_layers, packed_modules, repack, unpacked_parameters
 
 _WEIGHT = re.compile(r"(w13_|w2_)?weight")
+_GATE, _, _BIAS = ROUTER_BIAS.partition(".")
 FIRST_OF_FUSED = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj", "fused_qkv_a_proj": "q_a_proj"}
 
 
@@ -31,11 +33,15 @@ class WeightTarget:
     """
 
     def __init__(self, model: Any, vllm_config: Any, plan: LoadPlan) -> None:
-        self._modules: dict[str, _InPlace | _Packed] = {}
+        self._modules: dict[str, _InPlace | _Packed | _Vector] = {}
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         architecture = MoeArchitecture.from_folder(plan.reader.path)
+        absorbing = absorbing_layers(model)
         for path, module in packed_modules(model).items():
+            bias = getattr(module, _BIAS, None)
+            if isinstance(bias, torch.Tensor) and path.endswith(f".{_GATE}"):
+                self._modules[f"{path}.{_BIAS}"] = _Vector(path, bias)
             parameters = unpacked_parameters(module)
             if not any(_WEIGHT.match(name) for name in parameters):
                 continue
@@ -45,7 +51,8 @@ class WeightTarget:
             if isinstance(module, VocabParallelEmbedding) or getattr(module, "quant_method", None) is None:
                 place = _InPlace(path, model, module)
             else:
-                place = _Packed(path, module, parameters, vllm_config, _Formats(plan, architecture, path))
+                formats = _Formats(plan, architecture, path)
+                place = _Packed(path, module, parameters, vllm_config, formats, absorbing.get(module))
             self._modules |= dict.fromkeys(place.locals, place)
         self._missing: set[str] = set()
 
@@ -100,6 +107,27 @@ class _Formats:
         return f"{parent}.{FIRST_OF_FUSED.get(name, name)}"
 
 
+class _Vector:
+    """A router's bias, which travels in float32 whatever the engine keeps it in."""
+
+    def __init__(self, path: str, bias: torch.Tensor) -> None:
+        self._bias, self._staged = bias, torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
+        self.locals = {f"{path}.{_BIAS}": (tuple(bias.shape), torch.float32)}
+
+    def begin(self) -> None:
+        """Nothing is kept."""
+
+    def write(self, local: str) -> torch.Tensor:
+        return self._staged
+
+    def complete(self, local: str) -> None:
+        self._bias.data.copy_(self._staged)
+
+    @property
+    def nbytes(self) -> int:
+        return self._staged.nbytes
+
+
 class _InPlace:
     """A module whose weight is used as it lies there (norms, embeddings), or also as a packed copy (output layer)."""
 
@@ -129,9 +157,15 @@ class _Packed:
     """A module whose tensors its kernels pack: they are kept until all are there."""
 
     def __init__(
-        self, path: str, module: Any, parameters: Mapping[str, torch.Tensor], vllm_config: Any, formats: _Formats
+        self,
+        path: str,
+        module: Any,
+        parameters: Mapping[str, torch.Tensor],
+        vllm_config: Any,
+        formats: _Formats,
+        absorbing: Any,
     ) -> None:
-        self._module, self._config, self._path = module, vllm_config, path
+        self._module, self._config, self._path, self._absorbing = module, vllm_config, path, absorbing
         self._parameters = parameters
         self._formats: dict[str, tuple[Format | None, Format | None]] = {}
         self.locals: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -142,7 +176,7 @@ class _Packed:
                 self._formats[kind] = formats.of(kind)
                 self.locals |= self._parts(kind)
             elif not found:
-                self.locals[f"{self._path}.{name}"] = tuple(parameter.shape), vllm_config.model_config.dtype
+                self.locals[f"{self._path}.{name}"] = tuple(parameter.shape), parameter.dtype
         self.begin()
 
     def begin(self) -> None:
@@ -169,7 +203,7 @@ class _Packed:
     def complete(self, local: str) -> None:
         self._waiting.discard(local)
         if not self._waiting:
-            repack(self._module, self._config, dict(self._tensors()))
+            repack(self._module, self._config, dict(self._tensors()), self._absorbing)
             self.begin()
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -216,7 +216,7 @@ def _write_mixed(request: Request, twin: Twin, kept: list[int]) -> str:
         assert request.reference is not None, "check_request demands it"
         source = request.reference
         # As in the model, which may have left attention alone, or in another format than its experts.
-        stored = _formats(request.model, r"\.layers\.(\d+)\.self_attn\.q_proj\.")
+        stored = _formats(request.model, r"\.layers\.(\d+)\.self_attn\.o_proj\.")
         attention = next((format.name for layer, format in stored.items() if format and layer not in twin.kept), "none")
     size = twin.format.group_size or WHOLE_ROW
     written = quantize_checkpoint(

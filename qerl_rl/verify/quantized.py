@@ -26,6 +26,11 @@ _FUSED = (
     ("mlp.experts.down_proj",),
     ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
     ("mlp.shared_expert.down_proj",),
+    *((f"self_attn.{name}",) for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")),
+    ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    ("mlp.shared_experts.down_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
 )
 """The quantized weights of a HF layer; those that engines fuse together."""
 

@@ -119,6 +119,8 @@ def test_a_single_reward_weighs_one_and_exact_is_the_default(tmp_path):
     ("overrides", "problem", "fix"),
     [
         (["train.tensor_parallel=3"], "does not divide cluster.workers=2", "multiple of 3"),
+        (["train.pipeline_parallel=2", "train.layers_per_stage=2,x"], "2,x are no numbers", "write 2 numbers"),
+        (["train.layers_per_stage=3,2"], "3,2 are 2 stages, train.pipeline_parallel is 1", "pipeline_parallel to 2"),
         (["train.expert_parallel=4"], "train.expert_parallel=4", "divisor of 2"),
         (
             ["train.tensor_parallel=2", "train.sequence_parallel=false"],

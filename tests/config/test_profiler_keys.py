@@ -44,6 +44,7 @@ def load(folder: Path, *overrides: str) -> Config:
         (["steps=[1]", "stages=[swap_to_train]", "rollout.ahead=true"], "both engines stay", "take swap_to_train"),
         (["steps=[1]", "stages=[rollout]", *DPO], "dpo samples nothing", "take rollout out"),
         (["steps=[1]", "stages=[old_log_probs]", "rollout_correction.bypass_mode=true"], "takes the engine's", "take"),
+        (["steps=[1]", "train.device=npu-sim"], "npu-sim has no driver", "set profiler.steps to []"),
         (["steps=[1]", "kind=msprof", "train.device=cpu"], "and train.device=cpu", "set profiler.kind to torch"),
         (["steps=[1]", "kind=msprof", "train.device=cuda"], "and train.device=cuda", "set profiler.kind to torch"),
     ],

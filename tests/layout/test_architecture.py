@@ -86,6 +86,8 @@ def test_sliding_window_as_long_as_the_context_is_full_attention(tmp_path: Path)
     [
         (TrainConfig(tensor_parallel=8), "tensor_parallel=8", "1 or 2 or 4"),
         (TrainConfig(pipeline_parallel=4), "pipeline_parallel=4", "1 or 2 or 3"),
+        (TrainConfig(pipeline_parallel=2, layers_per_stage="3,4"), "layers_per_stage=3,4", "add up to 6"),
+        (TrainConfig(pipeline_parallel=4, layers_per_stage="1,1,2,2"), "different sizes", "first and the last"),
         (TrainConfig(expert_parallel=3), "expert_parallel=3", "1 or 2"),
         (TrainConfig(tensor_parallel=2, sequence_parallel=False), "sequence_parallel=false", "true"),
     ],

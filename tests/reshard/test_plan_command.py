@@ -27,6 +27,11 @@ DEEPSEEK = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
     "n_shared_experts": 1,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "n_group": 1,
+    "topk_group": 1,
     "vocab_size": 100,
 }
 

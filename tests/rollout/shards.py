@@ -19,7 +19,7 @@ from qerl_rl.rollout.repack import packed_modules
 from qerl_rl.rollout.vllm_engine import VllmEngine
 
 _STACKED = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(w13|w2)(.*)")
-_PLAIN = re.compile(r"(.*\.(?:weight|bias))(_.*)?")
+_PLAIN = re.compile(r"(.*\.(?:weight|bias|e_score_correction_bias))(_.*)?")
 
 
 def full_weights(folder: Path) -> tuple[Weights, dict[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from qerl_rl.config.schema import LoraConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.families.mixtral import NAMES
-from qerl_rl.train.export import peft_config, unfused
+from qerl_rl.layout.slots import adapter_slots
+from qerl_rl.quant.checkpoint import CheckpointReader
+from qerl_rl.train.export import peft_config, unfused, write_adapters
 from tests.train.models import make_config, make_samples, policy_gradient, share, start_engine
 
 LAYOUTS = {
@@ -161,3 +164,24 @@ def test_shared_experts_adapters_change_gate_up_and_down_as_the_fused_ones_do(ch
     assert all(name.endswith(tuple(targets)) for name in change)
     without = peft_config(LoraConfig(shared_experts=False), architecture, "base")["target_modules"]
     assert not any(name.endswith(tuple(without)) for name in change)
+
+
+@pytest.mark.parametrize(("family", "options"), [("deepseek_v3", {}), ("deepseek_v2", {"query_rank": 0})])
+def test_deepseek_adapters_get_names_and_shapes_of_its_projections(
+    family: str, options: dict, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, lora = tiny_checkpoint(family, layers=2, **options), LoraConfig(rank=4, alpha=8.0)
+    architecture, adapters = MoeArchitecture.from_folder(base), {}
+    for slot in adapter_slots(architecture, lora):
+        [piece] = slot.pieces
+        adapters[piece.name] = torch.zeros(piece.shape)
+    # It holds every pair against the weight that it belongs to.
+    write_adapters(tmp_path, adapters, architecture=architecture, lora=lora, base=str(base))
+    peft = load_file(tmp_path / "adapter_model.safetensors")
+    modules = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in peft}
+    targets = tuple(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"])
+    with CheckpointReader(base) as reader:
+        projections = {name.removesuffix(".weight") for name in reader if name.endswith(("_proj.weight", "mqa.weight"))}
+    # PEFT adapts what ends with one of the names: exactly what has an adapter, all but the absorbed up projection.
+    assert {name for name in projections if name.endswith(targets)} == modules
+    assert projections - modules == {f"model.layers.{layer}.self_attn.kv_b_proj" for layer in range(2)}

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.trainer.runs import ROOT, tensors, untimed
+from tests.trainer.runs import ROOT, finished, tensors, untimed
 
 FILES = {"adapters.safetensors", "rank_00000.safetensors", "rank_00001.safetensors"}
 
@@ -18,6 +18,7 @@ FILES = {"adapters.safetensors", "rank_00000.safetensors", "rank_00001.safetenso
 def command(model, folder, *arguments):
     sizes = [
         "run.steps=4",
+        "run.deterministic=true",
         "checkpoint.every=2",
         "checkpoint.keep=2",
         "checkpoint.export=false",
@@ -43,12 +44,7 @@ def environment(folder):
 
 def launch(model, folder, *arguments):
     """The console of a run that ends well."""
-    done = subprocess.run(
-        command(model, folder, *arguments),
-        cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    return finished(command(model, folder, *arguments), environment(folder))
 
 
 def of_run(folder):
@@ -94,6 +90,7 @@ def straight(tiny_w8a8, tmp_path_factory):
 
 
 def test_a_killed_run_resumes_bit_for_bit(straight, tiny_w8a8, tmp_path):
+    """Its first steps, before the kill, are those of the same launch once more."""
     model = tiny_w8a8("qwen3_moe")
     launch_and_kill(model, tmp_path, step=2)
     assert [row["step"] for row in untimed(tmp_path / "metrics.jsonl")][:3] == [1, 2, 3]

@@ -54,6 +54,11 @@ def test_the_dry_run_of_dpo_names_no_rollout_unless_it_evaluates(launch_file, ca
 @pytest.mark.parametrize(
     ("override", "problem", "fix"),
     [
+        (
+            "run.deterministic=true train.device=npu cluster.environment.HCCL_DETERMINISTIC=false",
+            "cluster.environment.HCCL_DETERMINISTIC=False",
+            "take HCCL_DETERMINISTIC out of cluster.environment (it becomes true)",
+        ),
         ("rollout.max_respons_tokens=3", "unknown key rollout.max_respons_tokens", "rollout.max_response_tokens"),
         ("model.path=/no/such/model", "/no/such/model", "model.path"),
         ("quant.format=none lora.experts=false", "quant.format=none", "set quant.format to w8a8"),

@@ -1,10 +1,25 @@
 """The reward worker's evaluation, with real text, functions and processes, against figures counted by hand."""
 
 import dataclasses
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
-from qerl_rl.config.schema import Config, EvalConfig, ModelConfig, RewardConfig
+from qerl_rl.config.schema import (
+    AlgorithmConfig,
+    Config,
+    EvalConfig,
+    ModelConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RunConfig,
+)
+from qerl_rl.rewards.scorer import Scores
+from tests.rewards.tiny_models import save
+from transfer_dock import Jagged, SampleKey
 from workers.reward import RewardWorker
 
 
@@ -71,3 +86,71 @@ def test_one_answer_gives_pass_at_1_and_correct_at_sets_the_bar(worker_of):
     for bar, passed in ((1.0, 0.25), (0.5, 0.75), (0.6, 0.25)):
         worker = worker_of(["7", "x", "1a"], reward, every=1, correct_at=bar)
         assert worker.evaluate(questions) == pytest.approx({"pass@1": passed, "reward_mean": 0.5, "failures": 0.0})
+
+
+class Arrivals:
+    """Stands in for the dock: of 4 groups of 2 samples, each `get` finds those of `orders` that have come by then."""
+
+    def __init__(self, orders):
+        self.coming, self.there = [list(groups) for groups in orders], []
+        self.gets, self.rewards = 0, {}
+
+    def get(self, consumer, count, *, whole_groups, minimum, timeout):
+        self.gets += 1
+        while 2 * len(self.there) < minimum:
+            self.there += self.coming.pop(0)
+        keys = [SampleKey(1, group, index) for group in sorted(self.there) for index in range(2)]
+        self.there = []
+        columns = {
+            "responses": Jagged.from_rows([np.arange(3 + 5 * key.group + key.index) % 7 for key in keys]),
+            "prompt_texts": ["sum:"] * len(keys),
+            "answers": ["1"] * len(keys),
+        }
+        return SimpleNamespace(keys=keys, columns=columns)
+
+    def put(self, columns, keys):
+        self.rewards |= dict(zip(keys, columns["rewards"].tolist(), strict=True))
+
+    def ack(self, batch):
+        pass
+
+
+ORDERS = ([[0, 1, 2, 3]], [[3], [1, 0], [2]], [[1], [3], [0], [2]])
+
+
+def test_means_do_not_depend_on_which_group_is_done_first(worker_of, monkeypatch):
+    worker = worker_of("abcdefg", RewardConfig(functions={"length": 1.0}, timeout_s=60.0))
+    worker.config = replace(worker.config, algorithm=AlgorithmConfig(samples_per_prompt=2))
+    # In float64, 2^60 swallows what is added to it one by one.
+    values = np.array([2.0**60, 1.0, -(2.0**60), 0.5, 3.0, 2.0**53, 1.5, 0.25], np.float32)
+
+    def scores(problems):
+        rows = [2 * ((len(text) - 3) // 5) + (len(text) - 3) % 5 for _, text, _ in problems]
+        return Scores(values[rows], {"length": values[rows]}, {})
+
+    monkeypatch.setattr(worker, "_scores", scores)
+    docks = [Arrivals(orders) for orders in ORDERS]
+    found = [worker.score(dock, 8) for dock in docks]
+    assert found[0] == found[1] == found[2]
+    assert [dock.gets for dock in docks] == [1, 3, 4], "each group is scored when it comes"
+    assert sum(values[[6, 7, 2, 3, 0, 1, 4, 5]].tolist()) != sum(values.tolist())
+
+
+def test_a_deterministic_run_gives_a_reward_model_the_same_batches_again(tiny_w8a8, tmp_path):
+    config = Config(
+        run=RunConfig(deterministic=True),
+        model=ModelConfig(path=str(tiny_w8a8("qwen3_moe"))),
+        algorithm=AlgorithmConfig(samples_per_prompt=2),
+        reward=RewardConfig(functions={"length": 0.0}, timeout_s=60.0),
+        reward_model=RewardModelConfig(path=str(save(tmp_path, "decoder"))),
+    )
+    worker = RewardWorker(dataclasses.asdict(config))
+    torch.use_deterministic_algorithms(False)
+    worker.tokenizer = Words("abcdefg")
+    docks = [Arrivals(orders) for orders in ORDERS]
+    found = [worker.score(dock, 8) for dock in docks]
+    worker.scorer.close()
+    assert [dock.gets for dock in docks] == [1, 1, 1]
+    assert found[0] == found[1] == found[2]
+    assert docks[0].rewards == docks[1].rewards == docks[2].rewards
+    assert len(set(docks[0].rewards.values())) > 1

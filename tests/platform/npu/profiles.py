@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -46,32 +47,37 @@ def _settings() -> list[list[str]]:
     return found
 
 
-def main() -> None:
-    warnings.filterwarnings("ignore")
-    package.load()
-    module = importlib.import_module("torch_npu.profiler")
-    known = [module.supported_profiler_level(), module.supported_ai_core_metrics(), module.supported_export_type()]
-    found: dict[str, Any] = {
-        "settings": _settings(),
-        "known": [sorted(values) for values in known],
-        "recorded": {name: _recorded(profiler) for name, profiler in ASKED.items()},
-    }
-    # Megatron on an NPU begins with it: what torch.profiler is afterwards.
+def _as_chrome_trace() -> list[list[str]]:
+    """The activities of each profile that kind torch makes once transfer_to_npu has replaced what torch.profiler is."""
     importlib.import_module("torch_npu.contrib.transfer_to_npu")
-    made: list[Any] = []
-    original = module.profile.__init__
+    profile: Any = importlib.import_module("torch_npu.profiler").profile
+    made: list[list[str]] = []
+    original = profile.__init__
 
     def noted(self: Any, **options: Any) -> None:
         original(self, **options)
         made.append(sorted(str(activity) for activity in options["activities"]))
 
-    module.profile.__init__ = noted
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        profilers.profiled(NPU, ProfilerConfig(), Path(folder), "name", "update of step 1"),
-    ):
+    profile.__init__ = noted
+    with profilers.profiled(NPU, ProfilerConfig(), Path("profile"), "name", "update of step 1"):
         torch.ones(2) + 1
-    found["torch"] = made
+    return made
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    package.load()
+    module = importlib.import_module("torch_npu.profiler")
+    known = [module.supported_profiler_level(), module.supported_ai_core_metrics(), module.supported_export_type()]
+    with tempfile.TemporaryDirectory() as folder:
+        # A profile that records nothing, for want of a driver, leaves its notes in the working folder.
+        os.chdir(folder)
+        found = {
+            "settings": _settings(),
+            "known": [sorted(values) for values in known],
+            "recorded": {name: _recorded(profiler) for name, profiler in ASKED.items()},
+            "torch": _as_chrome_trace(),
+        }
     print(json.dumps(found))
 
 
