@@ -76,6 +76,7 @@ TRAIN_RULES = (
     Rule(ACTOR, "moe_token_dispatcher_type", "train.token_dispatcher", None, _choice(_DISPATCHERS)),
     Rule(ACTOR, "recompute_granularity", "train.recompute", "none", _choice({None: "none"})),
     *(Rule(ACTOR, name, f"train.mindspeed.{name}") for name in OPERATORS),
+    Rule(ACTOR, "npu_deterministic", "run.deterministic"),
     Rule(ACTOR, "lr", "train.learning_rate"),
     Rule(ACTOR, "weight_decay", "train.weight_decay", 0.01),
     Rule(ACTOR, "clip_grad", "train.max_grad_norm", 1.0),
@@ -166,7 +167,6 @@ NEUTRAL: dict[str, dict[str, Neutral]] = {
         "skip_train": Neutral((False,), "evaluate with eval.every=1 run.steps=1"),
         "prompt_type": Neutral((None,), "set megatron_training.prompt_type=null and data.chat_template=true"),
         "mm_model": Neutral((None,), "use a language model: nothing else is trained"),
-        "npu_deterministic": Neutral((False,), "set it to false; run.seed repeats a run on the same kernels"),
         "ai_framework": Neutral((None,), "set actor_config.ai_framework=null: PyTorch alone"),
     },
     RL: {

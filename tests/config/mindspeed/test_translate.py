@@ -76,6 +76,7 @@ MAPPINGS = [
         "train.layers_per_stage",
         "5,6,6,6,6,6,6,6,6,6,6,6,6,6,6,5",
     ),
+    ({"megatron_training.npu_deterministic": True}, "run.deterministic", True),
     ({"megatron_training.use_flash_attn": False}, "train.mindspeed.use_flash_attn", False),
     ({"actor_config.use_fused_rmsnorm": False}, "train.mindspeed.use_fused_rmsnorm", False),
     ({}, "train.mindspeed.use_fused_swiglu", True),
