@@ -65,7 +65,7 @@ REFUSED = {
     "context_parallel_algo": Refused(_NO_CONTEXT, f"set it to megatron_cp_algo; {_SHORTER}"),
     "use_cp_send_recv_overlap": Refused(_NO_CONTEXT, "set it to false"),
     "npu_deterministic": Refused(
-        "it acts in Megatron's training loop", "set it to false; run.seed repeats a run on the same kernels"
+        "it acts in Megatron's training loop", "set it to false, and run.deterministic to true"
     ),
 }
 ON_NPUS = ("optimization_level", "optimizer_selection", "use_ascend_mc2")

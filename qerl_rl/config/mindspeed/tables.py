@@ -66,6 +66,7 @@ _DPO_LOSSES = {"sigmoid": "dpo"}
 TRAIN_RULES = (
     Rule(ACTOR, "train_iters", "run.steps"),
     Rule(ACTOR, "seed", "run.seed", 1234),
+    Rule(ACTOR, "npu_deterministic", "run.deterministic"),
     Rule(ACTOR, "save", "run.output_dir"),
     Rule(ACTOR, "save_interval", "checkpoint.every"),
     Rule(ACTOR, "no_shuffle", "data.shuffle", False, _inverse),
@@ -166,7 +167,6 @@ NEUTRAL: dict[str, dict[str, Neutral]] = {
         "skip_train": Neutral((False,), "evaluate with eval.every=1 run.steps=1"),
         "prompt_type": Neutral((None,), "set megatron_training.prompt_type=null and data.chat_template=true"),
         "mm_model": Neutral((None,), "use a language model: nothing else is trained"),
-        "npu_deterministic": Neutral((False,), "set it to false; run.seed repeats a run on the same kernels"),
         "ai_framework": Neutral((None,), "set actor_config.ai_framework=null: PyTorch alone"),
     },
     RL: {
