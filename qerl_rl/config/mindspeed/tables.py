@@ -66,6 +66,7 @@ _DPO_LOSSES = {"sigmoid": "dpo"}
 TRAIN_RULES = (
     Rule(ACTOR, "train_iters", "run.steps"),
     Rule(ACTOR, "seed", "run.seed", 1234),
+    Rule(ACTOR, "npu_deterministic", "run.deterministic"),
     Rule(ACTOR, "save", "run.output_dir"),
     Rule(ACTOR, "save_interval", "checkpoint.every"),
     Rule(ACTOR, "no_shuffle", "data.shuffle", False, _inverse),

@@ -172,6 +172,7 @@ MAPPINGS = [
         "rollout.kv_cache_bytes",
         8 << 30,
     ),
+    ({"actor_config.npu_deterministic": True}, "run.deterministic", True),
     ({"generate_config.sampling_config.top_k": 50}, "rollout.top_k", 50),
     ({}, "rollout.top_k", 0),
     ({"generate_config.sampling_config.top_p": 0.9}, "rollout.top_p", 0.9),
