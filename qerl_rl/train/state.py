@@ -64,7 +64,9 @@ class TrainState:
         offloader.track("gradients", [buffer.grad_data for buffer in buffers])
         offloader.track("parameters", [buffer.param_data for buffer in buffers])
         frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
-        offloader.track("parameters", [*frozen, *self.model.buffers()], frozen=True)
+        offloader.track("parameters", frozen, frozen=True)
+        # A frozen base under adapters; without them a router's bias, which goes to the engine with what trains.
+        offloader.track("parameters", self.model.buffers(), frozen=self.model.lora is not None)
         for _, shard, moments in self.shards():
             offloader.track("optimizer", [shard, *moments.values()])
 
