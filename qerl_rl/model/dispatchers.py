@@ -28,7 +28,7 @@ class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
         """Args: hidden_states [T, batch, H]; probs [T * batch, experts]; routing_map bool [T * batch, experts]."""
         self._own_shape = hidden_states.shape
         flat = hidden_states.reshape(-1, hidden_states.size(-1))
-        missing = self._longest(len(flat)) - len(flat)
+        missing = self._longest(flat) - len(flat)
         if missing:
             flat, probs, routing_map = (F.pad(part, (0, 0, 0, missing)) for part in (flat, probs, routing_map))
         return super().token_permutation(flat, probs, routing_map)
@@ -39,10 +39,10 @@ class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
         output, bias = super().token_unpermutation(hidden_states, bias)
         return output[: self._own_shape.numel() // self._own_shape[-1]].view(self._own_shape), bias
 
-    def _longest(self, tokens: int) -> int:
+    def _longest(self, tokens: torch.Tensor) -> int:
         if self.tp_size * self.ep_size == 1:
-            return tokens
-        longest = torch.tensor([tokens], device=torch.cuda.current_device())
+            return len(tokens)
+        longest = torch.tensor([len(tokens)], device=tokens.device)
         dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self.tp_ep_group)
         return int(longest)
 
