@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import queue
+import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class RankPool:
     They stay between calls, since importing torch and Megatron costs more than most of what the tests run; a function
     finds what the one before it left in the process (`fresh_world` starts over). A rank that fails ends the pool, and
     the next call starts another. Use it as a context manager, or close it.
+    Between calls they are stopped: gloo's threads, hundreds after many layouts, would take a core otherwise.
     start_method: spawn, or forkserver for processes in which vLLM is imported already.
     """
 
@@ -52,6 +54,7 @@ class RankPool:
         """
         if not self._processes:
             self._start()
+        self._signal(signal.SIGCONT)
         for inbox in self._inboxes:
             inbox.put((function, args))
         found: dict[int, Any] = {}
@@ -66,6 +69,7 @@ class RankPool:
                 self._kill()
                 raise RuntimeError(f"rank {rank} of {function.__name__} failed:\n{error}")
             found[rank] = value
+        self._signal(signal.SIGSTOP)
         return [found[rank] for rank in range(self._world_size)]
 
     def _start(self) -> None:
@@ -90,8 +94,13 @@ class RankPool:
             self._processes.append(process)
             self._inboxes.append(inbox)
 
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            os.kill(process.pid, number)
+
     def close(self) -> None:
         """Let the processes end by themselves; one that does not within 30 s is killed."""
+        self._signal(signal.SIGCONT)
         for inbox in self._inboxes:
             inbox.put(None)
         for process in self._processes:
