@@ -19,6 +19,7 @@ def launch_file(tmp_path: Path, tiny_w8a8) -> Path:
             "model": "tiny",
             "stage": "ray_dapo",
             "use_flash_attn": True,
+            "overlap_grad_reduce": True,
             "tokenizer_name_or_path": str(tiny_w8a8("qwen3_moe")),
             "global_batch_size": 4,
             "train_iters": 2,
@@ -62,7 +63,8 @@ def test_the_dry_run_shows_our_keys_and_what_became_of_theirs(launch_file: Path,
     assert "acc_for_dapo: 1.0" in printed
     assert "2 = tensor 2 x pipeline 1 x data 1; experts over 1 x tensor 2" in printed
     assert "done differently: actor_config.load=./tiny-tp2-pp1" in printed
-    assert "has no effect here: megatron_training.{use_flash_attn}" in printed
+    assert "has no effect here: megatron_training.{overlap_grad_reduce}" in printed
+    assert "use_flash_attn: true" in printed
     assert not ray.is_initialized()
 
 
