@@ -32,5 +32,5 @@ def share_base(rollout: RolloutEngine, models: Mapping[str, ModelEngine], give: 
     if different:
         return f"base stored for each engine: they disagree on {len(different)} weights, the first {different[0]}"
     if not given_up:
-        return "base stored for each engine: no experts of this rank are the same, and whole, in both"
+        return "base stored for each engine: no experts of this rank are whole and the same, on one device, in both"
     return f"base stored once: the trainer reads {mebibytes(given_up)} of experts in the engine's memory"

@@ -64,7 +64,7 @@ def test_all_models_on_a_base_share_it_and_the_policy_has_the_card_then(one_rank
     found = one_rank(offer_to_two_models, str(tiny_w8a8("qwen3_moe", layers=2)), str(tmp_path))[0]
     nothing, half, different, once = found["said"]
     assert "keeps none as it was loaded" in nothing
-    assert "no experts of this rank are the same" in half
+    assert "no experts of this rank are whole and the same" in half
     assert "they disagree on 4 weights, the first model.layers.0.mlp.experts.w13" in different
     assert f"the trainer reads {2 * found['own'] / 2**20:.1f} MiB" in once
     # In the engine each weight lies once, however many read it.
