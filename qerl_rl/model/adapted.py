@@ -74,8 +74,8 @@ class AdaptedModule(torch.nn.Module):
             return base.tensors[0]
         if name in self._adopted:
             weight = torch.empty(len(base.tensors[0]), base.outputs, base.inputs)
-            for group, matrix in enumerate(weight):
-                matrix.copy_(base.format.dequantize(base.parts(group)))
+            for parts, matrix in zip(base.parts(), weight, strict=True):
+                matrix.copy_(base.format.dequantize(parts))
             return weight
         parts = {part.suffix: tensor for part, tensor in zip(base.format.parts, base.tensors, strict=True)}
         return base.format.dequantize(parts)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qerl_rl.platform import bfloat16_loops
 from qerl_rl.quant.formats import Format, Parts
 
 
@@ -39,10 +40,11 @@ class Base:
             return None
         return self.tensors[1].squeeze(-1) if self.tensors[1].dtype == torch.float32 else None
 
-    def parts(self, group: int) -> Parts:
-        """The parts [N, ...] of one group, by suffix; of a base that has a format."""
-        assert self.format is not None
-        return {part.suffix: tensor[group] for part, tensor in zip(self.format.parts, self.tensors, strict=True)}
+    def parts(self) -> list[Parts]:
+        """The parts [N, ...] of each group, by suffix (floats have none)."""
+        suffixes = [part.suffix for part in self.format.parts] if self.format else [""]
+        of_groups = zip(*(tensor.unbind() for tensor in self.tensors), strict=True)
+        return [dict(zip(suffixes, tensors, strict=True)) for tensors in of_groups]
 
 
 class Unpacker:
@@ -52,7 +54,8 @@ class Unpacker:
     """
 
     def __init__(self, base: Base, dtype: torch.dtype) -> None:
-        self._base, self._format, self._dtype = base, base.format, dtype
+        self._format, self._dtype = base.format, dtype
+        self._parts = base.parts()
         self._has_scales = base.row_scales is not None
         if self._has_scales:
             self._integers, self._scratch = (
@@ -61,9 +64,12 @@ class Unpacker:
 
     def matrix(self, group: int) -> torch.Tensor:
         """[N, K] of one group; valid until the next call."""
+        parts = self._parts[group]
         if self._format is None:
-            return self._base.tensors[0][group]
-        parts = self._base.parts(group)
+            return parts[""]
         if self._has_scales:
-            return self._integers.copy_(self._format.unpacked(parts, self._scratch)[self._format.parts[0].suffix])
+            integers = self._format.unpacked(parts, self._scratch)[self._format.parts[0].suffix]
+            if bfloat16_loops.has_loops(self._integers):
+                return bfloat16_loops.convert_int8(integers, self._integers)
+            return self._integers.copy_(integers)
         return self._format.dequantize(parts, self._dtype)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from qerl_rl.model.base_weight import Base
 from qerl_rl.model.grouped_experts import grouped_expert_mlp
-from qerl_rl.model.grouped_linear import Adapter, GroupProduct, adapter_of, clear_idle, spans
+from qerl_rl.model.grouped_linear import Adapter, GroupProduct, adapter_of, clear_idle
 from qerl_rl.platform.ops import on_npu, weighted_swiglu, weighted_swiglu_backward
 from qerl_rl.platform.threads import on_threads
 from qerl_rl.quant.formats import Format
@@ -40,12 +40,14 @@ class _ExpertMlp(torch.autograd.Function):
         matrices = (a13, b13, a2, b2)
         hidden, y = x.new_empty(x.size(0), _bases(tensors, formats)[0].outputs), torch.empty_like(x)
         downs = x.new_empty(2, x.size(0), 0 if a13 is None else a13.size(1))
+        parts = _by_group(rows, x, probabilities, hidden, y, *downs)
 
-        def some_groups(share: list[tuple[int, slice]]) -> None:
+        def some_groups(share: list[int]) -> None:
             first, second = _products(tensors, formats, matrices, scaling, x.dtype)
-            for group, span in share:
-                first.forward(x[span], group, hidden[span], downs[0, span])
-                second.forward(weighted_swiglu(hidden[span], probabilities[span]), group, y[span], downs[1, span])
+            for group in share:
+                own_x, own_probabilities, pre, own_y, first_down, second_down = parts[group]
+                first.forward(own_x, group, pre, first_down)
+                second.forward(weighted_swiglu(pre, own_probabilities), group, own_y, second_down)
 
         on_threads(some_groups, _heaviest_first(rows))
         ctx.save_for_backward(x, probabilities, hidden, downs, a13, b13, a2, b2, *tensors)
@@ -60,24 +62,35 @@ class _ExpertMlp(torch.autograd.Function):
         grad_x, grad_probabilities = torch.empty_like(x), torch.empty_like(probabilities)
         of_adapters = [torch.empty_like(matrix) for matrix in matrices if matrix is not None]
 
-        def some_groups(share: list[tuple[int, slice]]) -> None:
+        of_groups = [matrix.unbind() for matrix in of_adapters]
+        parts = _by_group(ctx.rows, x, probabilities, hidden, grad_y, grad_x, grad_probabilities, *downs)
+
+        def some_groups(share: list[int]) -> None:
             first, second = _products(tensors, ctx.formats, matrices, ctx.scaling, x.dtype)
-            for group, span in share:
-                pre, own = hidden[span], probabilities[span]
-                grad_output, grad_down = second.grad_inputs(grad_y[span], group)
-                grad_pre, grad_probabilities[span], output = weighted_swiglu_backward(grad_output, pre, own)
-                second.grad_adapter(grad_y[span], output, downs[1, span], grad_down, group, of_adapters[2:])
-                _, grad_down = first.grad_inputs(grad_pre, group, out=grad_x[span])
-                first.grad_adapter(grad_pre, x[span], downs[0, span], grad_down, group, of_adapters[:2])
+            for group in share:
+                own_x, own, pre, grad_out, grad_in, grad_own, first_down, second_down = parts[group]
+                gradients = [matrix[group] for matrix in of_groups]
+                grad_output, grad_down = second.grad_inputs(grad_out, group)
+                grad_pre, grad_weights, output = weighted_swiglu_backward(grad_output, pre, own)
+                grad_own.copy_(grad_weights)
+                second.grad_adapter(grad_out, output, second_down, grad_down, gradients[2:])
+                _, grad_down = first.grad_inputs(grad_pre, group, out=grad_in)
+                first.grad_adapter(grad_pre, own_x, first_down, grad_down, gradients[:2])
 
         on_threads(some_groups, _heaviest_first(ctx.rows))
         clear_idle(ctx.rows, of_adapters)
         return grad_x, grad_probabilities, *(of_adapters or [None] * 4), *[None] * (3 + len(tensors))
 
 
-def _heaviest_first(rows: list[int]) -> list[tuple[int, slice]]:
-    """(group, its rows): dealt out in this order, threads get about as many rows."""
-    return sorted(spans(rows), key=lambda item: item[1].start - item[1].stop)
+def _heaviest_first(rows: list[int]) -> list[int]:
+    """The groups that have rows: dealt out in this order, threads get about as many rows."""
+    return sorted((group for group, count in enumerate(rows) if count), key=lambda group: -rows[group])
+
+
+def _by_group(rows: list[int], *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """The rows of each group in all tensors; threads that each asked for a view of their own would wait for each other
+    (for Python's lock), so that they get all of them beforehand."""
+    return list(zip(*(tensor.split(rows) for tensor in tensors), strict=True))
 
 
 def _bases(tensors: Sequence[torch.Tensor], formats: tuple[Format | None, Format | None]) -> tuple[Base, Base]:

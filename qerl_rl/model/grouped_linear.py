@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from qerl_rl.model.base_weight import Base, Unpacker
-from qerl_rl.platform.kernels import ColumnScaler
+from qerl_rl.platform.columns import scale_columns
 from qerl_rl.quant.formats import Format
 
 
@@ -27,23 +27,31 @@ class Adapter:
 
 
 class GroupProduct:
-    """The product with the weights of one group at a time, and its gradients; dtype: of the activations."""
+    """The product with the weights of one group at a time, and its gradients; dtype: of the activations.
+
+    Matrices are taken apart by group beforehand: threads would wait for each other at each view.
+    """
 
     def __init__(self, base: Base, adapter: Adapter | None, dtype: torch.dtype) -> None:
         self.rank = 0 if adapter is None else adapter.a.size(1)
         self.inputs, self.outputs = base.inputs, base.outputs
-        self._adapter, self._unpacker, self._scales = adapter, Unpacker(base, dtype), base.row_scales
-        if self._scales is not None:
-            self._scale = ColumnScaler(base.outputs, dtype, self._scales.device)
+        self._unpacker, self._has_adapter = Unpacker(base, dtype), adapter is not None
+        self._scales = None if base.row_scales is None else base.row_scales.unbind()
+        if adapter is not None:
+            self._scaling, self._a, self._b = adapter.scaling, adapter.a.unbind(), adapter.b.unbind()
+            self._b_transposed = adapter.b.transpose(1, 2).unbind()
+            self._a_transposed = adapter.a.transpose(1, 2).unbind()
 
     def forward(self, x: torch.Tensor, group: int, y: torch.Tensor, down: torch.Tensor) -> None:
-        """Fills y [n, N] and, with an adapter, down [n, r] = x A^T."""
-        torch.mm(x, self._unpacker.matrix(group).t(), out=y)
-        if self._scales is not None:
-            self._scale(y, self._scales[group], y)
-        if adapter := self._adapter:
-            torch.mm(x, adapter.a[group].t(), out=down)
-            y.addmm_(down, adapter.b[group].t(), alpha=adapter.scaling)
+        """Fills y [n, N] and, with an adapter, down [n, r] = scaling x A^T."""
+        weight = self._unpacker.matrix(group).t()
+        if self._scales is None:
+            torch.mm(x, weight, out=y)
+        else:
+            scale_columns(x @ weight, self._scales[group], y)
+        if self._has_adapter:
+            torch.addmm(down, x, self._a_transposed[group], beta=0, alpha=self._scaling, out=down)
+            y.addmm_(down, self._b_transposed[group])
 
     def grad_inputs(
         self, grad_y: torch.Tensor, group: int, out: torch.Tensor | None = None
@@ -51,16 +59,19 @@ class GroupProduct:
         """The gradients of x [n, K], into `out` where it is given, and with an adapter of x A^T [n, r]."""
         before = grad_y
         if self._scales is not None:
-            before = self._scale(grad_y, self._scales[group], torch.empty_like(grad_y))
+            before = scale_columns(grad_y, self._scales[group], torch.empty_like(grad_y))
         grad_x = torch.mm(before, self._unpacker.matrix(group), out=out)
         grad_down = self.grad_down(grad_y, group)
-        if grad_down is not None and self._adapter:
-            grad_x.addmm_(grad_down, self._adapter.a[group])
+        if grad_down is not None:
+            grad_x.addmm_(grad_down, self._a[group])
         return grad_x, grad_down
 
     def grad_down(self, grad_y: torch.Tensor, group: int) -> torch.Tensor | None:
         """The gradient of x A^T [n, r], with an adapter."""
-        return (grad_y @ self._adapter.b[group]).mul_(self._adapter.scaling) if self._adapter else None
+        if not self._has_adapter:
+            return None
+        grad_down = grad_y.new_empty(grad_y.size(0), self.rank)
+        return torch.addmm(grad_down, grad_y, self._b[group], beta=0, alpha=self._scaling, out=grad_down)
 
     def grad_adapter(
         self,
@@ -68,13 +79,13 @@ class GroupProduct:
         x: torch.Tensor,
         down: torch.Tensor,
         grad_down: torch.Tensor | None,
-        group: int,
         gradients: Sequence[torch.Tensor],
     ) -> None:
-        """Fills the group's `gradients` of A and B, where there is an adapter; down = x A^T and its gradient."""
-        if grad_down is not None and self._adapter:
-            torch.mm(grad_down.t(), x, out=gradients[0][group])
-            torch.mm(grad_y.t(), down, out=gradients[1][group]).mul_(self._adapter.scaling)
+        """Fills `gradients` of the group's A and B, where there is an adapter; down: what `forward` filled, grad_down:
+        the gradient of x A^T."""
+        if grad_down is not None:
+            torch.mm(grad_down.t(), x, out=gradients[0])
+            torch.mm(grad_y.t(), down, out=gradients[1])
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -115,7 +126,8 @@ class _GroupedLinear(torch.autograd.Function):
             else:
                 _, grad_down = product.grad_inputs(grad_y[span], group, out=grad_x[span])
             if x is not None and down is not None:
-                product.grad_adapter(grad_y[span], x[span], down[span], grad_down, group, of_adapter)
+                gradients = [matrix[group] for matrix in of_adapter]
+                product.grad_adapter(grad_y[span], x[span], down[span], grad_down, gradients)
             if grad_weight is not None:
                 torch.mm(grad_y[span].t(), x[span], out=grad_weight[group])
         clear_idle(ctx.rows, [*of_adapter, *([] if grad_weight is None else [grad_weight])])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from qerl_rl.platform import bfloat16_loops
 from qerl_rl.quant.base import Format, Part, Parts, library_scales
 from qerl_rl.quant.nibbles import look_up, pack_nibbles, table_of_pairs
 
@@ -60,6 +61,8 @@ class W4A16(_Int4):
 
     def dequantize(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         packed, scale = parts["_packed"].contiguous().view(torch.uint8), parts["_scale"]
+        if dtype == torch.bfloat16 and bfloat16_loops.has_loops(scale):
+            return bfloat16_loops.multiply_int4(packed, scale.contiguous())
         return self._multiplied(look_up(packed, _TABLES[scale.dtype], scale.dtype), parts, dtype)
 
     def described(self, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:

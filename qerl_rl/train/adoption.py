@@ -83,8 +83,8 @@ def _equal(own: Base, offer: Base) -> bool:
     """Whether all numbers of all parts are the same."""
     assert own.format is not None
     assert offer.format is not None
-    for group in range(len(own.tensors[0])):
-        parts, others = own.parts(group), offer.format.unpacked(offer.parts(group))
+    for parts, offered in zip(own.parts(), offer.parts(), strict=True):
+        others = offer.format.unpacked(offered)
         if not all(torch.equal(parts[part.suffix], others[part.suffix]) for part in own.format.parts):
             return False
     return True

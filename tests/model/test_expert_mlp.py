@@ -1,5 +1,4 @@
-"""expert_mlp, by threads and by one call for all groups, and the product of columns it is made of, against autograd on
-dense weights."""
+"""expert_mlp, by threads and by one call for all groups, against autograd on dense weights."""
 
 from __future__ import annotations
 
@@ -16,7 +15,6 @@ from qerl_rl.model.base_weight import Base, Unpacker
 from qerl_rl.model.expert_mlp import expert_mlp
 from qerl_rl.model.grouped_experts import grouped_expert_mlp
 from qerl_rl.model.grouped_linear import Adapter
-from qerl_rl.platform.kernels import ColumnScaler
 from qerl_rl.quant.formats import FORMATS, get_format
 
 EXPERTS, HIDDEN, WIDTH, RANK, SCALING = 5, 64, 32, 4, 0.5
@@ -146,15 +144,3 @@ def test_products_with_stored_weights_are_bit_for_bit_those_with_their_floats(
     monkeypatch.setattr(grouped_experts, "_is_int4", lambda base, dtype: False)
     for one, other in zip(found, _outputs_and_gradients((bases[0], bases[1]), rows), strict=True):
         assert torch.equal(one, other)
-
-
-@settings(deadline=None, derandomize=True, max_examples=30)
-@given(rows=st.integers(0, 9), columns=st.integers(1, 70), seed=st.integers(0, 99))
-def test_scaled_columns_are_float32_products_rounded_to_bfloat16(rows: int, columns: int, seed: int) -> None:
-    matrix = _random(rows, columns, seed=seed).to(torch.bfloat16)
-    scales = _random(columns, seed=seed + 100).abs() * 1e-3
-    expected = (matrix.float() * scales).to(torch.bfloat16)
-    scaler = ColumnScaler(columns, torch.bfloat16, torch.device("cpu"))
-    assert torch.equal(scaler(matrix, scales, torch.empty_like(matrix)), expected)
-    in_place = matrix.clone()
-    assert torch.equal(scaler(in_place, scales, in_place), expected)

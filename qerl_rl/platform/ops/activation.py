@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from qerl_rl.platform import bfloat16_loops
 from qerl_rl.platform.ops.checks import require
 from qerl_rl.platform.ops.selection import fused
 
@@ -24,6 +25,8 @@ def weighted_swiglu(hidden: torch.Tensor, probabilities: torch.Tensor) -> torch.
     if fused("swiglu", hidden):
         activated = torch.ops.npu.npu_swiglu(hidden.detach(), -1)
         return (activated * probabilities.unsqueeze(-1)).to(hidden.dtype)
+    if bfloat16_loops.has_loops(hidden):
+        return bfloat16_loops.weighted_swiglu(hidden, probabilities.float())
     gate, up = hidden.chunk(2, -1)
     return F.silu(_exact(gate)).mul_(up).mul_(probabilities.unsqueeze(-1)).to(hidden.dtype)
 
@@ -44,6 +47,9 @@ def weighted_swiglu_backward(
         activated = torch.ops.npu.npu_swiglu(hidden, -1)
         grad_probabilities = (gradient.to(probabilities.dtype) * activated).sum(-1)
         return grad_hidden, grad_probabilities, (activated * weights).to(hidden.dtype)
+    if bfloat16_loops.has_loops(hidden):
+        grad_hidden, exact, output = bfloat16_loops.weighted_swiglu_backward(gradient, hidden, probabilities.float())
+        return grad_hidden, exact.to(probabilities.dtype), output
     gate, up = (_exact(part) for part in hidden.chunk(2, -1))
     grad_hidden, gradient = torch.empty_like(hidden), _exact(gradient)
     grad_gate, grad_up = grad_hidden.chunk(2, -1)

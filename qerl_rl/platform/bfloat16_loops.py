@@ -1,0 +1,155 @@
+"""Loops over bfloat16 in host memory that go over it once, compiled by numba where torch's kernels go over it several
+times: in float32, rounded once.
+
+numba has no bfloat16: arrays are its bits (uint16). Each loop has few arrays and indices that begin at 0, without
+which LLVM does not vectorize it; each holds no lock of Python's, so that threads run side by side.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from numpy import float32, int32, uint16, uint32
+
+
+def has_loops(tensor: torch.Tensor) -> bool:
+    """Whether it is what the functions below take."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+
+
+def convert_int8(integers: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`out` bfloat16 = int8 of the same shape, contiguous both."""
+    _convert_int8(integers.numpy().reshape(-1), _bits(out).reshape(-1))
+    return out
+
+
+def multiply_int4(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """bfloat16 [..., K] from nibbles plus 8, uint8 [..., K / 2] (the first of a pair in the low half), and the scales
+    [..., groups] bfloat16 of equal parts of a row; contiguous both."""
+    groups = scales.numel()
+    out = torch.empty(*packed.shape[:-1], 2 * packed.shape[-1], dtype=dtype)
+    _multiply_int4(packed.numpy().reshape(groups, -1), _bits(scales).reshape(-1), _pairs(out).reshape(groups, -1))
+    return out
+
+
+def scale_columns(matrix: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`out` [T, N] = matrix * scales [N] float32; it is not the matrix (the loop would go number by number)."""
+    _scale_columns(_bits(matrix), scales.detach().numpy(), _bits(out))
+    return out
+
+
+def weighted_swiglu(hidden: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up * probability [T, I] of hidden [T, 2I] and probabilities [T] float32."""
+    halves, sigmoid = _halves(hidden)
+    out = hidden.new_empty(sigmoid.shape)
+    _weighted_swiglu(halves, sigmoid, probabilities.detach().numpy(), _bits(out))
+    return out
+
+
+def weighted_swiglu_backward(
+    gradient: torch.Tensor, hidden: torch.Tensor, probabilities: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of hidden [T, 2I] and probabilities [T] float32 from that of the output [T, I], and the output."""
+    halves, sigmoid = _halves(hidden)
+    grad_hidden, output = torch.empty_like(hidden), hidden.new_empty(sigmoid.shape)
+    grad_probabilities = torch.empty_like(probabilities, requires_grad=False)
+    _weighted_swiglu_backward(
+        _bits(gradient),
+        halves,
+        sigmoid,
+        probabilities.detach().numpy(),
+        _bits(grad_hidden).reshape(halves.shape),
+        grad_probabilities.numpy(),
+        _bits(output),
+    )
+    return grad_hidden, grad_probabilities, output
+
+
+def _halves(hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Gate and up [T, 2, I] as bits, and the sigmoid of the gate [T, I] float32."""
+    rows, width = hidden.size(0), hidden.size(1) // 2
+    # torch's sigmoid is vectorized; numba's exponential is one call a number.
+    sigmoid = hidden.detach()[:, :width].float().sigmoid_()
+    return _bits(hidden).reshape(rows, 2, width), sigmoid.numpy()
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.detach() if tensor.requires_grad else tensor).view(torch.uint16).numpy()
+
+
+def _pairs(tensor: torch.Tensor) -> np.ndarray:
+    """Two numbers side by side as one integer, the first in its low half."""
+    return tensor.view(torch.int32).numpy().view(uint32)
+
+
+@njit(inline="always")
+def _float(bits):  # type: ignore[no-untyped-def]
+    return uint32(uint32(bits) << uint32(16)).view(float32)
+
+
+@njit(inline="always")
+def _rounded(number):  # type: ignore[no-untyped-def]
+    """The bits of the nearest bfloat16, in a uint32; of two as near, of the even one. No NaN that arithmetic makes has
+    so many bits set that adding to them overflows."""
+    bits = float32(number).view(uint32)
+    return uint32(uint32(bits + uint32(0x7FFF) + uint32(uint32(bits >> uint32(16)) & uint32(1))) >> uint32(16))
+
+
+@njit(nogil=True)
+def _convert_int8(integers, out):  # type: ignore[no-untyped-def]
+    for index in range(integers.size):
+        # Eight bits fit into the nine of a bfloat16's mantissa and sign.
+        out[index] = uint16(float32(integers[index]).view(uint32) >> uint32(16))
+
+
+@njit(nogil=True)
+def _multiply_int4(packed, scales, out):  # type: ignore[no-untyped-def]
+    for group in range(packed.shape[0]):
+        scale = _float(scales[group])
+        for index in range(packed.shape[1]):
+            # numba would go on with 64 bits if it were left to choose.
+            pair = int32(packed[group, index])
+            low = float32(int32(int32(pair & int32(15)) - int32(8))) * scale
+            high = float32(int32(int32(pair >> int32(4)) - int32(8))) * scale
+            out[group, index] = uint32(_rounded(low) | uint32(_rounded(high) << uint32(16)))
+
+
+@njit(nogil=True)
+def _scale_columns(matrix, scales, out):  # type: ignore[no-untyped-def]
+    for row in range(matrix.shape[0]):
+        for column in range(matrix.shape[1]):
+            out[row, column] = uint16(_rounded(_float(matrix[row, column]) * scales[column]))
+
+
+@njit(nogil=True)
+def _weighted_swiglu(halves, sigmoid, probabilities, out):  # type: ignore[no-untyped-def]
+    for row in range(sigmoid.shape[0]):
+        probability = probabilities[row]
+        for column in range(sigmoid.shape[1]):
+            activated = _float(halves[row, 0, column]) * sigmoid[row, column]
+            out[row, column] = uint16(_rounded(activated * _float(halves[row, 1, column]) * probability))
+
+
+# Only the order of the sum is LLVM's choice, always the same one for rows of a length.
+@njit(nogil=True, fastmath={"reassoc"})
+def _weighted_swiglu_backward(gradient, halves, sigmoid, probabilities, grad_halves, grad_probabilities, out):  # type: ignore[no-untyped-def]
+    columns = sigmoid.shape[1]
+    for row in range(sigmoid.shape[0]):
+        probability, total = probabilities[row], float32(0)
+        for column in range(columns):
+            activated = _float(halves[row, 0, column]) * sigmoid[row, column]
+            total += _float(gradient[row, column]) * activated * _float(halves[row, 1, column])
+        grad_probabilities[row] = total
+        for column in range(columns):
+            activated = _float(halves[row, 0, column]) * sigmoid[row, column]
+            out[row, column] = uint16(_rounded(activated * _float(halves[row, 1, column]) * probability))
+        for column in range(columns):
+            activated = _float(halves[row, 0, column]) * sigmoid[row, column]
+            grad_halves[row, 1, column] = uint16(_rounded(_float(gradient[row, column]) * probability * activated))
+        for column in range(columns):
+            gate, up = _float(halves[row, 0, column]), _float(halves[row, 1, column])
+            # d silu(g) / dg = sigmoid(g) + silu(g) * (1 - sigmoid(g))
+            slope = sigmoid[row, column] + (float32(1) - sigmoid[row, column]) * (gate * sigmoid[row, column])
+            weighted = _float(gradient[row, column]) * probability
+            grad_halves[row, 0, column] = uint16(_rounded(slope * (weighted * up)))
