@@ -61,7 +61,7 @@ CONVENTIONS: Mapping[str, Convention] = {
     ),
 }
 """By model_type. Sources: the classes of experts in transformers 5.19 (`models/*/modeling_*.py`) and what it does to
-published files (`conversion_mapping.py`). Types whose files mix the rows of gate and up (gpt_oss) are left out."""
+published files (`conversion_mapping.py`). Types with gate and up in turns, row by row (gpt_oss), are left out."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def find_places(
         )
     found: dict[str, Place] = {}
     for block in blocks:
-        layer = _Layer(block, CONVENTIONS[name], {"model_type": name, **config.get("text_config", config)}, where)
+        # Models of several media have that of the language model inside.
+        of_text = config.get("text_config") or config
+        layer = _Layer(block, CONVENTIONS[name], {**of_text, "model_type": name}, where)
         layer.check_names(stored)
         found |= layer.experts(*(header(tensor) for tensor in (block.gate_up, block.down)))
         found |= layer.renamed(stored)
@@ -146,13 +148,24 @@ def _fused_blocks(stored: Collection[str], where: str) -> list[_Block]:
                 fix=f"use a checkpoint in bfloat16 without biases, or {_ONE_BY_ONE}",
                 where=where,
             )
-        leaves.setdefault((found["layer"], found["block"]), {})[found["leaf"]] = name
+        of_block = leaves.setdefault((found["layer"], found["block"]), {})
+        if found["leaf"] in of_block:
+            raise _twice(of_block[found["leaf"]], name, where)
+        of_block[found["leaf"]] = name
     for names in leaves.values():
         if len(names) == 1:
             [(leaf, name)] = names.items()
             other = "down_proj" if leaf == "gate_up_proj" else "gate_up_proj"
             raise ConfigError(f"{name} has no {other} beside it.", fix="copy the checkpoint again", where=where)
     return [_Block(*key, names["gate_up_proj"], names["down_proj"]) for key, names in leaves.items()]
+
+
+def _twice(name: str, other: str, where: str) -> ConfigError:
+    return ConfigError(
+        f"the same weights are stored twice, as {name} and as {other}.",
+        fix="take one of the two out of the folder (files of an earlier save may have stayed)",
+        where=where,
+    )
 
 
 @dataclass(frozen=True)
@@ -179,11 +192,7 @@ class _Layer:
         alone = re.compile(rf"{re.escape(block.layer)}({'|'.join(blocks)})\.experts\.\d+\.")
         also = min(filter(alone.match, stored), default=None)
         if also:
-            raise ConfigError(
-                f"the experts of one layer are stored twice, as {block.gate_up} and as {also}.",
-                fix="take one of the two out of the folder (files of an earlier save may have stayed)",
-                where=self.where,
-            )
+            raise _twice(block.gate_up, also, self.where)
 
     def experts(
         self, gate_up: tuple[str, tuple[int, ...]], down: tuple[str, tuple[int, ...]]
@@ -237,4 +246,6 @@ class _Layer:
                 rest = name.removeprefix(own)
                 rest = f"gate.{rest.removeprefix(router)}" if rest.startswith(router) else rest
                 if self._published + rest != name:
+                    if self._published + rest in stored:
+                        raise _twice(self._published + rest, name, self.where)
                     yield self._published + rest, Place(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,59 @@ def test_every_family_of_transformers_has_a_convention() -> None:
         assert CONVENTIONS[family].by_columns == (False,)
 
 
+SIZES = {
+    **{"hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
+    **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0},
+    **{"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    **{"first_k_dense_replace": 0, "intermediate_size_mlp": 24},
+}
+VISION = {"hidden_size": 16, "depth": 1, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+
+
+def _model_of(family: str) -> Any:
+    import transformers
+
+    nested = family in ("qwen3_vl_moe", "qwen3_5_moe")
+    sizes = {"text_config": SIZES, "vision_config": VISION | {"deepstack_visual_indexes": [0]}} if nested else SIZES
+    config = transformers.CONFIG_MAPPING[family](**sizes)
+    classes = transformers.AutoModelForImageTextToText if nested else transformers.AutoModelForCausalLM
+    torch.manual_seed(0)
+    return classes.from_config(config)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "glm4_moe", "olmoe"])
+def test_other_families_read_as_transformers_saves_them_one_by_one(family: str, tmp_path: Path) -> None:
+    model = _model_of(family)
+    model.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    with CheckpointReader(tmp_path / "plain") as plain, CheckpointReader(tmp_path / "fused") as reader:
+        assert reader.has_fused_experts
+        experts = [name for name in plain if ".experts." in name]
+        assert experts == [name for name in reader if ".experts." in name]
+        assert all(torch.equal(reader.get(name), plain.get(name)) for name in experts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "llama4_text"])
+def test_families_that_are_only_published_fused_compute_the_same(family: str, tmp_path: Path) -> None:
+    """The matrices that are read give what the expert of transformers' own module does."""
+    model, expert = _model_of(family), 2
+    model.save_pretrained(tmp_path)
+    inputs = torch.randn(5, 32)
+    prefix, experts = next(found for found in model.named_modules() if re.search(r"layers\.1\.\w+\.experts$", found[0]))
+    if family == "llama4_text":
+        expected = experts(inputs.repeat(4, 1)).view(4, 5, 32)[expert]
+    else:
+        expected = experts(inputs, torch.full((5, 1), expert), torch.ones(5, 1))
+    with CheckpointReader(tmp_path) as reader:
+        assert reader.has_fused_experts
+        gate, up, down = (reader.get(f"{prefix}.{expert}.{leaf}_proj.weight") for leaf in ("gate", "up", "down"))
+    found = (torch.nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)) @ down.T
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found, expected)
+
+
 def _without(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     return {other: tensor for other, tensor in tensors.items() if other != name}
 
@@ -157,6 +211,16 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tens
         lambda found: found | {f"{BLOCK}3.up_proj.weight": torch.zeros(96, 128)},
         {},
         ["stored twice", GATE_UP, f"{BLOCK}3.up_proj.weight"],
+    ),
+    "two names": (
+        lambda found: found | {f"{DOWN}.weight": found[DOWN].clone()},
+        {},
+        ["stored twice", f"as {DOWN} and", f"{DOWN}.weight"],
+    ),
+    "two routers": (
+        lambda found: found | {"model.layers.1.block_sparse_moe.gate.weight": torch.zeros(8, 128)},
+        {"model_type": "mixtral"},
+        ["stored twice", "block_sparse_moe.gate.weight", "mlp.gate.weight"],
     ),
     "one turned": (lambda found: found | {DOWN: turned(found[DOWN])}, {}, [DOWN, "[8, 96, 128]", "hidden_size=128"]),
     "two experts less": (lambda found: found | {DOWN: found[DOWN][:6].clone()}, {}, ["[6, 128, 96]", "8 experts"]),
