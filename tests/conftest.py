@@ -11,6 +11,7 @@ import torch
 
 from qerl_rl.make_model.random_model import MoeSizes, save_random_checkpoint
 from qerl_rl.quant.quantize import quantize_checkpoint
+from tests.quant.fused import by_columns, fused
 from tests.ranks import RankPool
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -61,6 +62,23 @@ def tiny_quantized(
 def tiny_w8a8(tiny_checkpoint: Callable[..., Path], tiny_quantized: Callable[..., Path]) -> Callable[..., Path]:
     """`tiny_w8a8(family, ...)` -> folder of the W8A8 twin of `tiny_checkpoint(family, ...)`."""
     return lambda *arguments, **sizes: tiny_quantized(tiny_checkpoint(*arguments, **sizes), "w8a8")
+
+
+@pytest.fixture(scope="session")
+def tiny_fused(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_fused(source, columns=False)` -> folder of `source` (of `tiny_checkpoint`) with fused experts.
+
+    As transformers saves them; columns: each matrix transposed.
+    """
+    built: dict[tuple, Path] = {}
+
+    def build(source: Path, *, columns: bool = False) -> Path:
+        if (source, columns) not in built:
+            folder = tmp_path_factory.mktemp(f"{source.name}_fused")
+            built[source, columns] = by_columns(build(source), folder) if columns else fused(source, folder)
+        return built[source, columns]
+
+    return build
 
 
 @pytest.fixture(scope="session")

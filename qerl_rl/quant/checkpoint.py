@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.layout.fused_experts import Place, find_places
 from qerl_rl.quant.formats import Format, Part
 from qerl_rl.quant.modelslim import ModelSlimFormats
 from qerl_rl.quant.stored import StoredFormats
@@ -26,7 +27,9 @@ _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 class CheckpointReader:
     """The tensors of a HF folder by name, over one or many safetensors files; nothing is read before `get`.
 
-    Raises: ConfigError when the folder is missing, holds no safetensors, or a file is broken or absent.
+    Fused experts go by the names of one tensor an expert, as what they are part of does not: see layout/fused_experts.
+    Raises: ConfigError when the folder is missing, holds no safetensors, a file is broken or absent, or it is unclear
+    how fused experts lie.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -43,6 +46,27 @@ class CheckpointReader:
         for file_name in self._file_names():
             for name in self._handle(file_name).keys():  # noqa: SIM118 - safe_open is not a mapping
                 self._file_of[name] = file_name
+        self._places = self._find_places()
+
+    def _find_places(self) -> dict[str, Place]:
+        """Where the tensors lie that no file has under their name; those that they are found in leave `_file_of`."""
+        places = find_places(self._file_of, self._header, lambda: read_config(self.path), str(self.path))
+        if places:
+            files = self._file_of
+            lent = {place.tensor for place in places.values()}
+            shown = {name: file for name, file in files.items() if name not in lent}
+            # In the order in which a file of one tensor an expert has them.
+            self._file_of = dict(sorted((shown | {name: files[at.tensor] for name, at in places.items()}).items()))
+        return places
+
+    def _header(self, stored: str) -> tuple[str, tuple[int, ...]]:
+        header = self._handle(self._file_of[stored]).get_slice(stored)
+        return header.get_dtype(), tuple(header.get_shape())
+
+    @property
+    def has_fused_experts(self) -> bool:
+        """Whether some tensors are found in others, which programs that read the files themselves must know of."""
+        return bool(self._places)
 
     def _file_names(self) -> list[str]:
         index = self.path / INDEX_NAME
@@ -85,18 +109,29 @@ class CheckpointReader:
 
         Raises: KeyError when there is none of this name.
         """
-        handle = self._handle(self._file_of[name])
-        tensor = handle.get_slice(name)[index] if index else handle.get_tensor(name)
+        place = self._places.get(name)
+        if place:
+            tensor = place.read(self._stored(name), *index)
+        else:
+            tensor = self._stored(name)[index] if index else self._handle(self._file_of[name]).get_tensor(name)
         self.bytes_read += tensor.nbytes
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
-        return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
+        place = self._places.get(name)
+        if place and place.shape:
+            return place.shape
+        return tuple(self._stored(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """The dtype of a tensor as safetensors names it (F32, BF16, I8), without reading it."""
-        return self._handle(self._file_of[name]).get_slice(name).get_dtype()
+        return self._stored(name).get_dtype()
+
+    def _stored(self, name: str) -> Any:
+        """The stored tensor that `name` is or lies in, unread."""
+        place = self._places.get(name)
+        return self._handle(self._file_of[name]).get_slice(place.tensor if place else name)
 
     def is_quantized(self, name: str) -> bool:
         """Whether the weight `name` (X.weight) has scales beside it."""

@@ -11,7 +11,8 @@ PROBE_BYTES = 4096
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Hex digest of the config, every tensor's name, shape and dtype, and the first 4 KiB of each tensor.
+    """Hex digest of the config, every tensor's name, shape and dtype, and the first 4 KiB of each tensor (of fused
+    experts, of each of them).
 
     Equal for a copy of the folder at another path; another for other weights, as training or another seed gives them.
     Raises: OSError, ValueError for files that are no model's.
@@ -34,5 +35,8 @@ def _probe(file: BinaryIO, digest: hashlib._Hash) -> None:
     for name, entry in json.loads(header).items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            file.seek(8 + length + begin)
-            digest.update(file.read(min(end - begin, PROBE_BYTES)))
+            experts = entry["shape"][0] if len(entry["shape"]) == 3 else 1
+            size = (end - begin) // max(experts, 1)
+            for expert in range(experts):
+                file.seek(8 + length + begin + expert * size)
+                digest.update(file.read(min(size, PROBE_BYTES)))

@@ -24,7 +24,6 @@ from qerl_rl.quant.modelslim import Description, ModelSlimFormats
 # Attention, dense MLPs, shared and routed experts (Mixtral calls those w1, w2, w3).
 _QUANTIZED = re.compile(r"\.layers\.(\d+)\..*(_proj(_with_mqa)?|\.experts\.\d+\.w[123])\.weight$")
 _ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
-_FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)(\.weight)?$")
 _NEVER = ["lm_head", r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$", r"re:.*shared_expert_gate$"]
 _EXPERTS_TARGET, _OTHERS_TARGET = r"re:.*\.experts\.\d+\..*", r"re:^(?!.*\.experts\.\d+\.).*_proj(_with_mqa)?$"
 _FUSED_IN_ENGINES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -122,12 +121,13 @@ def quantize_checkpoint(
     """Write `source` with its Linear weights quantized to `out`; the rest, the tokenizer and the like are copied.
 
     Router, norms, embeddings and output layer are never quantized; `Recipe` says what the arguments choose. An AWQ or
-    GPTQ checkpoint is converted, exactly, to w4a16. Files of the source are read one after the other: memory holds the
-    pages of one of them, what one matrix becomes, and the unwritten part of one shard.
+    GPTQ checkpoint is converted, exactly, to w4a16. Fused experts are written one by one, as engines read them. Files
+    of the source are read one after the other: memory holds the pages of one of them, what one matrix becomes, and the
+    unwritten part of one shard.
 
     Args: layout: compressed-tensors, or msmodelslim (see `modelslim`). shard_bytes: of a file written. report: called
         with bytes of the source done, and all.
-    Raises: ConfigError for an unknown format or a folder that can't be read, is quantized already or has fused experts.
+    Raises: ConfigError for an unknown format or a folder that can't be read or is quantized already.
     """
     source, out = Path(source), Path(out)
     recipe = Recipe(format, attention, frozenset(keep_layers), group_size)
@@ -173,9 +173,6 @@ def _tensors_of(
         return Int4Conversion(reader, described, recipe.only_format())
     if described or any(reader.is_quantized(name) for name in reader):
         raise ConfigError(f"{reader.path} is quantized already.", fix="give the checkpoint in bfloat16 or float32")
-    fused = next((name for name in reader if _FUSED_EXPERTS.search(name)), None)
-    if fused:
-        raise ConfigError(f"{reader.path} stores fused experts ({fused}).", fix="save one tensor for each expert")
     return Rounding(reader, recipe)
 
 

@@ -64,8 +64,8 @@ class LoadPlan:
 
     @property
     def is_native(self) -> bool:
-        """Whether the engine takes every weight as it is stored."""
-        if self._recipe is not None:
+        """Whether the engine takes every weight as it is stored, under the name that it has in its file."""
+        if self._recipe is not None or self.reader.has_fused_experts:
             return False
         runs = [(format, self._as_run(format)) for format in self._formats.values()]
         return all(run is not None and run.name == format.name for format, run in runs)

@@ -17,7 +17,8 @@ _plans: dict[str, LoadPlan] = {}
 def loader_options(plan: LoadPlan) -> dict[str, Any]:
     """The EngineArgs with which vLLM loads as `plan` says; none where all runs as it is stored, off a CPU.
 
-    (vLLM's own loader knows layouts there that only its kernels have, and skips other ranks' experts likewise.)
+    (vLLM's own loader knows layouts there that only its kernels have, and skips other ranks' experts likewise. Fused
+    experts it reads for some families, of each in one order: they come from here.)
     """
     if plan.platform != "cpu" and plan.is_native:
         return {} if plan.is_described else {"hf_overrides": shown_config(plan)}

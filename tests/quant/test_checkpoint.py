@@ -11,7 +11,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils import match_named_modules
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qerl_rl.config.errors import ConfigError
@@ -137,13 +137,6 @@ def test_unusable_sources_are_config_errors(
     assert "model-00001-of-00002.safetensors can't be read" in refused(broken, out)
     (broken / INDEX_NAME).write_text("{}")
     assert INDEX_NAME in refused(broken, out)
-
-
-def test_fused_experts_are_refused_by_name(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    shutil.copy(tiny_checkpoint("qwen3_moe") / "config.json", tmp_path)
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    save_file({name: torch.zeros(2, 4, 4)}, tmp_path / "model.safetensors")
-    assert name in refused(tmp_path, tmp_path / "out")
 
 
 def test_a_name_that_is_not_there_is_a_key_error(tiny_checkpoint: Callable[..., Path]) -> None:

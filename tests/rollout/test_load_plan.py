@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from qerl_rl.quant.formats import FORMATS
 from qerl_rl.quant.quantize import quantize_checkpoint
 from qerl_rl.rollout.limits import check_groups
 from qerl_rl.rollout.load_plan import LoadPlan, local_tensors
-from qerl_rl.rollout.loader import loader_options
+from qerl_rl.rollout.loader import LOAD_FORMAT, loader_options
 from tests.quant.converted import as_from_awq
 
 
@@ -163,6 +164,23 @@ def test_foreign_modules_are_not_read(stored: Callable[..., Path]) -> None:
     expected = sum(count for name, count in everything.items() if name.rpartition(".")[0] not in foreign)
     # The shape of a weight follows from its parts: it is written anew, not read.
     assert read == expected - sum(everything[name] for name in kept if name.endswith("_shape"))
+
+
+def test_fused_experts_reach_every_engine_one_by_one_and_only_its_own_are_read(
+    tiny_checkpoint: Callable[..., Path], tiny_fused: Callable[..., Path]
+) -> None:
+    source = tiny_checkpoint("mixtral", "bfloat16", layers=2)
+    expected = dict(local_tensors(LoadPlan(source, "cpu"), frozenset()))
+    assert loader_options(LoadPlan(source, "910")) == {}
+    for platform in ("cpu", "cuda", "910", "a5"):
+        plan = LoadPlan(tiny_fused(source), platform)
+        # vLLM's own loader would give its model the tensors as they lie in the file.
+        assert loader_options(plan)["load_format"] == LOAD_FORMAT
+        foreign = frozenset(name.removesuffix(".weight") for name in expected if re.search(r"experts\.[1-7]\.", name))
+        loaded = dict(local_tensors(plan, foreign))
+        assert loaded.keys() == {name for name in expected if name.removesuffix(".weight") not in foreign}
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
+        assert plan.reader.bytes_read == sum(tensor.nbytes for tensor in loaded.values())
 
 
 def test_a_platform_without_a_kernel_says_what_to_quantize_to(stored: Callable[..., Path]) -> None:

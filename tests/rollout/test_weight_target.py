@@ -83,7 +83,7 @@ def _scene(cases: dict[str, tuple[Path, Path, Path | None]]) -> dict[str, dict[s
 
 
 def _exchanged(engine_on: _Engines, first: Path, second: Path, source: Path | None, format: str) -> dict[str, Any]:
-    """An engine on `first` (rounded while it is loaded, where `source` is the float checkpoint of it) gets `second`."""
+    """An engine on `first` (where there is a `source`, on that checkpoint of its floats, rounded) gets `second`."""
     live, fresh = engine_on(source, format) if source else engine_on(first), engine_on(second)
     seen: dict[str, Any] = {"first": _answers(live), "second": _answers(fresh), "held": live.held_bytes()}
     seen["scored"] = [_scored(live, temperature, GROUPS) for temperature in (1.0, 0.5)]
@@ -129,29 +129,34 @@ def _error(call: Callable[[], Any]) -> str:
     return "no error"
 
 
+FLOATS, FUSED = "floats", "fused"
 CASES = {
-    "qwen3_moe none": False,
-    "qwen3_moe w8a8": True,
-    "qwen3_moe w4a16": False,
-    "qwen3_moe nvfp4": True,
-    "qwen2_moe w8a8": False,
-    "mixtral none": False,
-    "phimoe none": False,
+    "qwen3_moe none": None,
+    "qwen3_moe w8a8": FLOATS,
+    "qwen3_moe w4a16": None,
+    "qwen3_moe nvfp4": FUSED,
+    "qwen2_moe w8a8": None,
+    "mixtral none": FUSED,
+    "phimoe none": None,
 }
 """Families and formats (biases, shared experts and tied embeddings are qwen2_moe's; layer norms phimoe's, and biases of
 the attention's output and of the output layer).
 
-True: one engine rounds the float checkpoint while it loads it; the other one gets what `quantize` wrote.
+FLOATS: one engine rounds the float checkpoint while it loads it; the other one gets what `quantize` wrote. FUSED: and
+that checkpoint has fused experts.
 """
 
 
 @pytest.fixture(scope="module")
-def seen(tiny_checkpoint: Callable[..., Path], tiny_quantized: Callable[..., Path]) -> dict[str, dict[str, Any]]:
+def seen(
+    tiny_checkpoint: Callable[..., Path], tiny_quantized: Callable[..., Path], tiny_fused: Callable[..., Path]
+) -> dict[str, dict[str, Any]]:
     cases: dict[str, tuple[Path, Path, Path | None]] = {}
-    for name, at_load in CASES.items():
+    for name, loaded in CASES.items():
         family, format = name.split()
         first, second = (tiny_checkpoint(family, "bfloat16", seed=seed, layers=2) for seed in (0, 1))
-        source, options = first if at_load else None, {"group_size": 32} if format == "w4a16" else {}
+        source = {FLOATS: first, FUSED: tiny_fused(first) if loaded == FUSED else None}.get(loaded)
+        options = {"group_size": 32} if format == "w4a16" else {}
         if format != "none":
             first, second = (tiny_quantized(folder, format, **options) for folder in (first, second))
         cases[name] = first, second, source

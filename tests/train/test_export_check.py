@@ -17,6 +17,11 @@ def source_weights(folder: str) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "model.safetensors")
 
 
+def test_an_export_of_fused_experts_has_them_one_by_one(checkpoints, tiny_fused, tmp_path):
+    write_merged(tmp_path, tiny_fused(Path(checkpoints["none"])), source_weights(checkpoints["none"]).items())
+    assert (tmp_path / "config.json").exists()
+
+
 def lose(tensors):
     del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
 

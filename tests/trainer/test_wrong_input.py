@@ -42,6 +42,19 @@ def test_a_valid_file_passes_the_dry_run(launch_file, capsys):
     assert not ray.is_initialized()
 
 
+def test_fused_experts_pass_the_dry_run_and_unclear_ones_do_not(launch_file, tiny_checkpoint, tiny_fused, capsys):
+    rows = tiny_fused(tiny_checkpoint("qwen3_moe"))
+    call = ["--config", str(launch_file), "--dry-run", "quant.format=none", "lora.experts=false"]
+    assert launch.main([*call, f"model.path={rows}"]) == 0
+    assert "samples a step" in capsys.readouterr().out
+    # Its gate_up_proj are square.
+    assert launch.main([*call, f"model.path={tiny_fused(tiny_checkpoint('qwen3_moe'), columns=True)}"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "gate and up can't be told" in told
+    assert "save_original_format=True" in told
+
+
 def test_the_dry_run_of_dpo_names_no_rollout_unless_it_evaluates(launch_file, capsys):
     for evaluation, shown in (("eval.every=0", False), ("eval.every=1", True)):
         # Without a rollout, its layout is of no interest.

@@ -96,10 +96,14 @@ def _rounded_activations() -> list[float]:
 
 @pytest.fixture(scope="module")
 def seen(
-    tiny_checkpoint: Callable[..., Path], tiny_w8a8: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Callable[..., Path],
+    tiny_w8a8: Callable[..., Path],
+    tiny_fused: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     folders = [build("qwen3_moe", "bfloat16", layers=LAYERS) for build in (tiny_checkpoint, tiny_w8a8)]
     families = [tiny_checkpoint(family, "bfloat16", layers=1) for family in ("qwen2_moe", "mixtral")]
+    families[1] = tiny_fused(families[1])
     return run_engines(_scene, 1, *folders, families, tmp_path_factory.mktemp("verify"))[0]
 
 
