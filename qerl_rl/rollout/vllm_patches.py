@@ -303,6 +303,25 @@ def numa_policy_left_alone() -> None:
     torch.ops._C.init_cpu_memory_env = lambda nodes: None
 
 
+def kernels_are_found_beside_numba() -> None:
+    """Let llvmlite's library have no `__dict__`.
+
+    Without it no engine starts once numba is imported: vLLM looks for its kernels in the `__dict__` of everything that
+    a module names, and this library makes a function of every name that it is asked for.
+    """
+    from llvmlite.binding import ffi
+
+    library = type(ffi.lib)
+    original = existing(library, "__getattr__")
+
+    def __getattr__(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return original(self, name)
+
+    library.__getattr__ = __getattr__
+
+
 PATCHES: dict[str, tuple[Callable[[], None], ...]] = {
     "cpu": (
         unique_shared_memory_names,
@@ -318,6 +337,7 @@ PATCHES: dict[str, tuple[Callable[[], None], ...]] = {
         norms_stay_in_cache,
         rotary_of_parts_of_heads,
         partial_prompts_draw_from_spare_generators,
+        kernels_are_found_beside_numba,
     ),
     "910": (unlink_message_queues_early,),
     "a5": (unlink_message_queues_early,),
