@@ -89,12 +89,19 @@ def scale_bias(name: str, parts: Parts) -> torch.Tensor:
     Args: name: X.weight. parts: int8 [N, K] and float32 scales [N, K / group_size] or [N, 1].
     Returns: float32 [N, 1] or [N, 16]. Raises: ValueError where rows can't be cut into sixteenths.
     """
+    return bias_of_rows(parts, SIXTEENTHS if _CUT_BY_COLUMNS.search(name) else 1)
+
+
+def bias_of_rows(parts: Parts, pieces: int) -> torch.Tensor:
+    """8 times the sum of each of so many pieces of a row: int8 [..., N, K] with scales -> float32 [..., N, pieces].
+
+    Raises: ValueError where rows can't be cut so.
+    """
     weight, scale = parts[""], parts["_scale"].float()
-    pieces = SIXTEENTHS if _CUT_BY_COLUMNS.search(name) else 1
-    if weight.shape[1] % pieces:
-        raise ValueError(f"rows of {weight.shape[1]} weights can't be cut into {pieces}")
-    products = (weight.float().unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
-    return 8 * products.unflatten(1, (pieces, -1)).sum(-1)
+    if weight.shape[-1] % pieces:
+        raise ValueError(f"rows of {weight.shape[-1]} weights can't be cut into {pieces}")
+    products = (weight.float().unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
+    return 8 * products.unflatten(-1, (pieces, -1)).sum(-1)
 
 
 def pack_rows(weight: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,8 @@ class LoadPlan:
         """Parts of one format as those of another that has the same numbers."""
         if stored.name == run.name:
             return parts
-        scales = {"_scale": parts["_scale"]}
+        # The kernel's own type; msmodelslim's are float32.
+        scales = {"_scale": parts["_scale"].to(run.parts[-1].dtype)}
         ones = {"_scale": torch.ones_like(parts["_scale"])}
         return run.encode(parts[""], ones) | scales
 
