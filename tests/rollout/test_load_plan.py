@@ -17,7 +17,7 @@ from qerl_rl.config.schema import RolloutConfig
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.formats import FORMATS
 from qerl_rl.quant.quantize import quantize_checkpoint
-from qerl_rl.rollout.limits import check_groups
+from qerl_rl.rollout.limits import check_groups, check_scales_of_rows
 from qerl_rl.rollout.load_plan import LoadPlan, local_tensors
 from qerl_rl.rollout.loader import loader_options
 from tests.quant.converted import as_from_awq
@@ -220,3 +220,15 @@ def test_tensor_parallel_that_cuts_through_groups_is_refused(stored: Callable[..
         check_groups(plan, dataclasses.replace(layout, tensor_parallel=4))
     # What is dequantized has no groups left to cut.
     check_groups(LoadPlan(stored("mxfp4"), "cpu"), dataclasses.replace(layout, tensor_parallel=4))
+
+
+def test_scales_that_tensor_parallel_ranks_of_ascend_would_not_get_are_refused(stored: Callable[..., Path]) -> None:
+    split = RolloutConfig(tensor_parallel=2, data_parallel=1, expert_parallel=False)
+    options = {"layout": "msmodelslim", "attention": "w8a8"}
+    groups, rows = (stored("w4a8", group_size=size, **options) for size in (32, -1))
+    with pytest.raises(ConfigError, match=r"rollout.expert_parallel to true, or quantize with --group-size -1"):
+        check_scales_of_rows(LoadPlan(groups, "910"), split)
+    check_scales_of_rows(LoadPlan(groups, "910"), dataclasses.replace(split, expert_parallel=True))
+    check_scales_of_rows(LoadPlan(groups, "910"), dataclasses.replace(split, tensor_parallel=1))
+    check_scales_of_rows(LoadPlan(rows, "910"), split)
+    check_scales_of_rows(LoadPlan(groups, "cpu"), split)
