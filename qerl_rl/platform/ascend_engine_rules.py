@@ -32,7 +32,8 @@ def format_runs(setting: Setting) -> Fault:
 
 
 def linear_format(setting: Setting) -> Fault:
-    """W4A8 and W4A16 have kernels for experts but no linear method: other layers of that format fail to load."""
+    """W4A16 has kernels for experts but no linear method. W4A8's linear method reads groups in msmodelslim's layout
+    alone, multiplies with activations as they are, and what it keeps can't be replaced in a running engine."""
     key, format = "quant.format", setting.config.quant.format
     allowed = support(format, CARD).attention
     wrong = sorted(setting.linears - set(allowed))

@@ -18,6 +18,8 @@ from qerl_rl.quant.blocks import in_blocks
 
 Parts = Mapping[str, torch.Tensor]
 """Tensor by the suffix of its part."""
+Index = tuple[slice, ...]
+"""What is wanted of the dimensions of a tensor; of those that it does not name, all."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,11 @@ class Format(ABC):
     def dequantize(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [..., N, K] that the parts stand for, as compressed-tensors computes it, then cast to `dtype`."""
 
+    def weight_shape(self, first: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape [..., N, K] of a weight whose first part is stored in a tensor of this shape."""
+        *rows, elements = first
+        return (*rows, elements * self.parts[0].columns)
+
     def matrix_shape(self, first: torch.Tensor) -> tuple[int, int]:
         """(N, K) of the weights [E, N, K] whose first part this is."""
         return first.shape[1], first.shape[2] * self.parts[0].columns
@@ -146,6 +153,20 @@ class Format(ABC):
             else tensors[part.suffix].to(part.dtype)
             for part in self.parts
         }
+
+    def stored_in(self, part: Part) -> tuple[str, ...]:
+        """Suffixes of the tensors of a checkpoint that a part follows from."""
+        return (part.suffix,)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Suffixes of all tensors that `loaded` takes."""
+        return tuple(suffix for part in self.parts for suffix in self.stored_in(part))
+
+    def window(self, part: Part, rows: int, index: Index) -> tuple[Index, Index]:
+        """For a part that is stored otherwise than it is in memory: what to read of its tensors so that `loaded` gives
+        `index` of it, and what is wanted of what it gives. Args: rows: N of the weight."""
+        return (), index
 
     def with_scales(self, dtype: torch.dtype) -> Format:
         """This format as a checkpoint has it whose scales are of another float type; itself where that is converted."""

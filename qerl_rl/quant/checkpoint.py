@@ -20,7 +20,10 @@ from qerl_rl.quant.stored import StoredFormats
 
 SHARD_BYTES = 2 << 30
 INDEX_NAME = "model.safetensors.index.json"
-_STORED_SUFFIXES = ("", "_packed", "_scale", "_global_scale", "_shape", "_zero_point", "_offset")
+_STORED_SUFFIXES = (
+    *("", "_packed", "_scale", "_global_scale", "_shape", "_zero_point", "_offset"),
+    *("_scale_second", "_offset_second"),
+)
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -146,7 +149,7 @@ class CheckpointReader:
             return None
         described = self._description()
         format = described.of_weight(name)
-        stored = [name + described.suffix(part.suffix) for part in format.parts] if format else []
+        stored = [described.stored_name(name, suffix) for suffix in (format.sources if format else ())]
         missing = [part for part in stored if part not in self._file_of]
         if format is None or missing:
             problem = f"is {format.name}, but has no {missing[0]}" if format else "has scales, but no format"
@@ -171,25 +174,28 @@ class CheckpointReader:
         format = self.format_of(name)
         if format is None:
             raise KeyError(name)
-        suffix = self._description().suffix
-        return format.loaded({part.suffix: self.get(name + suffix(part.suffix)) for part in format.parts})
+        return format.loaded({suffix: self.get(self._stored_name(name, suffix)) for suffix in format.sources})
+
+    def _stored_name(self, name: str, suffix: str) -> str:
+        return self._description().stored_name(name, suffix)
 
     def part(self, name: str, part: Part, *index: slice) -> torch.Tensor:
         """One of the `parts` of X.weight, or what `index` leaves of its dimensions; nothing else is read where the part
-        lies in the checkpoint as it does in memory."""
+        lies in the checkpoint as it does in memory, or its format knows where to look."""
         format = self.format_of(name)
         if format is None:
             raise KeyError(name)
-        suffix = self._description().suffix
-        if self.shape(name + suffix(part.suffix)) == part.shape(self.weight_shape(name)):
-            return self.get(name + suffix(part.suffix), *index).to(part.dtype)
+        own, shape = format.stored_in(part), self.weight_shape(name)
+        if own == (part.suffix,) and self.shape(self._stored_name(name, part.suffix)) == part.shape(shape):
+            return self.get(self._stored_name(name, part.suffix), *index).to(part.dtype)
+        read, wanted = format.window(part, shape[0], index)
         stored = {
-            other.suffix: self.get(name + suffix(other.suffix))
-            if other == part
-            else torch.empty(self.shape(name + suffix(other.suffix)), device="meta")
-            for other in format.parts
+            suffix: self.get(self._stored_name(name, suffix), *read)
+            if suffix in own
+            else torch.empty(self.shape(self._stored_name(name, suffix)), device="meta")
+            for suffix in format.sources
         }
-        return format.loaded(stored)[part.suffix][index]
+        return format.loaded(stored)[part.suffix][wanted]
 
     def weight(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight `name` as floats, dequantized where it is quantized."""
@@ -201,13 +207,13 @@ class CheckpointReader:
         format = self.format_of(name)
         if format is None:
             return self.shape(name)
-        *rows, elements = self.shape(name + self._description().suffix(format.parts[0].suffix))
-        return (*rows, elements * format.parts[0].columns)
+        return format.weight_shape(self.shape(self._stored_name(name, format.parts[0].suffix)))
 
     def weights(self) -> list[str]:
         """Names of all weights as an unquantized checkpoint would have them, sorted; parts are not among them."""
         quantized = {name.removesuffix("_scale") for name in self._file_of if name.endswith(".weight_scale")}
         parts = {name + suffix for name in quantized for suffix in _STORED_SUFFIXES}
+        parts |= {f"{name.removesuffix('weight')}scale_bias" for name in quantized}
         return sorted((set(self._file_of) - parts) | quantized)
 
     def files(self) -> dict[str, list[str]]:

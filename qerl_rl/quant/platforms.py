@@ -40,6 +40,7 @@ TABLE: dict[tuple[str, str], Support] = {
     ("none", "910"): Support(NATIVE),
     ("w8a8", "910"): Support(NATIVE, "W8A8_DYNAMIC"),
     ("w4a16", "910"): Support(NATIVE, "experts only", attention=("w8a8", "none")),
+    # (msmodelslim's layout of it has groups as well.)
     ("w4a8", "910"): Support(NATIVE, "W4A8_DYNAMIC: experts only, one scale a row", attention=("w8a8", "none")),
     ("nvfp4", "910"): Support(CONVERT, formats=("w4a16", "w4a8")),
     ("mxfp4", "910"): Support(CONVERT, formats=("w4a16", "w4a8")),

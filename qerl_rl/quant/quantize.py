@@ -24,7 +24,8 @@ from qerl_rl.quant.modelslim import Description, ModelSlimFormats
 # Attention, dense MLPs, shared and routed experts (Mixtral calls those w1, w2, w3).
 _QUANTIZED = re.compile(r"\.layers\.(\d+)\..*(_proj(_with_mqa)?|\.experts\.\d+\.w[123])\.weight$")
 _ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
-_NEVER = ["lm_head", r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$", r"re:.*shared_expert_gate$"]
+NEVER = ["lm_head", r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$", r"re:.*shared_expert_gate$"]
+"""Modules that are never quantized, as `quantization_config` names exceptions."""
 _EXPERTS_TARGET, _OTHERS_TARGET = r"re:.*\.experts\.\d+\..*", r"re:^(?!.*\.experts\.\d+\.).*_proj(_with_mqa)?$"
 _FUSED_IN_ENGINES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -44,7 +45,8 @@ class Recipe:
     group_size: int = 0
     of_experts: Format = field(init=False, repr=False, compare=False)
     """The format of the routed experts."""
-    _of_others: Format | None = field(init=False, repr=False, compare=False)
+    of_others: Format | None = field(init=False, repr=False, compare=False)
+    """That of everything else that is quantized."""
 
     def __post_init__(self) -> None:
         of_experts = get_format(self.format, self.group_size)
@@ -52,7 +54,7 @@ class Recipe:
         if self.attention not in ("", "none", self.format):
             others = get_format(self.attention)
         object.__setattr__(self, "of_experts", of_experts)
-        object.__setattr__(self, "_of_others", others)
+        object.__setattr__(self, "of_others", others)
 
     def only_format(self) -> Format:
         """The format of all; for what can't be chosen for each weight. Raises: ConfigError where that is asked for."""
@@ -68,14 +70,14 @@ class Recipe:
         found = _QUANTIZED.search(name)
         if found is None or int(found[1]) in self.keep_layers:
             return None
-        return self.of_experts if _ROUTED_EXPERT.search(name) else self._of_others
+        return self.of_experts if _ROUTED_EXPERT.search(name) else self.of_others
 
     def quantization_config(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
-        ignore = list(_NEVER)
+        ignore = list(NEVER)
         if self.keep_layers:
             ignore.append(rf"re:.*\.layers\.({'|'.join(map(str, sorted(self.keep_layers)))})\..*")
-        of_experts, others = self.of_experts, self._of_others
+        of_experts, others = self.of_experts, self.of_others
         if others is None:
             ignore.append(_OTHERS_TARGET)
         if others is None or others is of_experts:
@@ -127,7 +129,8 @@ def quantize_checkpoint(
 
     Args: layout: compressed-tensors, or msmodelslim (see `modelslim`). shard_bytes: of a file written. report: called
         with bytes of the source done, and all.
-    Raises: ConfigError for an unknown format or a folder that can't be read or is quantized already.
+    Raises: ConfigError for an unknown format, one that the layout does not hold, or a folder that can't be read or is
+    quantized already.
     """
     source, out = Path(source), Path(out)
     recipe = Recipe(format, attention, frozenset(keep_layers), group_size)
@@ -137,7 +140,7 @@ def quantize_checkpoint(
         config = read_config(source)
         described = config.pop("quantization_config", None)
         tensors = _tensors_of(reader, described, recipe)
-        description = Description(recipe.of_experts) if layout == "msmodelslim" else None
+        description = _description(tensors, recipe) if layout == "msmodelslim" else None
         writer = ShardWriter(out, shard_bytes)
         for stale in ("config.json", ModelSlimFormats.file_name):
             (out / stale).unlink(missing_ok=True)
@@ -147,10 +150,13 @@ def quantize_checkpoint(
             for name in names:
                 format_of_it, stored = tensors.stored(name)
                 written.quantized += format_of_it is not None
+                target = tensors.target(name)
                 if description:
-                    stored = description.tensors(name, stored, format_of_it)
-                for suffix, tensor in stored.items():
-                    writer.add(tensors.target(name) + suffix, tensor)
+                    named = description.tensors(target, stored, format_of_it)
+                else:
+                    named = {target + suffix: tensor for suffix, tensor in stored.items()}
+                for stored_name, tensor in named.items():
+                    writer.add(stored_name, tensor)
             reader.release(file_name)
             done += (source / file_name).stat().st_size
             report(done, written.source_bytes)
@@ -174,6 +180,12 @@ def _tensors_of(
     if described or any(reader.is_quantized(name) for name in reader):
         raise ConfigError(f"{reader.path} is quantized already.", fix="give the checkpoint in bfloat16 or float32")
     return Rounding(reader, recipe)
+
+
+def _description(tensors: Rounding | Int4Conversion, recipe: Recipe) -> Description:
+    if isinstance(tensors, Int4Conversion):
+        raise ConfigError("AWQ and GPTQ are converted to compressed-tensors' layout only.", fix="leave out --layout")
+    return Description(recipe.of_experts, recipe.of_others)
 
 
 class Rounding:

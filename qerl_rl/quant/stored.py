@@ -51,9 +51,9 @@ class StoredFormats:
                 return group.format
         return next((group.format for group in self._groups if "Linear" in group.targets), None)
 
-    def suffix(self, part: str) -> str:
-        """What a part is stored under, after X.weight."""
-        return part
+    def stored_name(self, weight: str, suffix: str) -> str:
+        """What the tensor of this suffix is called of the weight X.weight."""
+        return weight + suffix
 
 
 def _matches(name: str, target: str) -> bool:

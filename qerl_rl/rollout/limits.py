@@ -7,7 +7,9 @@ from pathlib import Path
 
 from qerl_rl.config.errors import ConfigError
 from qerl_rl.config.schema import RolloutConfig
-from qerl_rl.rollout.load_plan import LoadPlan
+from qerl_rl.quant.modelslim import ModelSlimFormats
+from qerl_rl.quant.modelslim_w4a8 import W4A8Dynamic
+from qerl_rl.rollout.load_plan import ASCEND, LoadPlan
 
 NPU_PLATFORMS = ("910", "a5")
 """Columns of quant/platforms.py that vllm-ascend runs."""
@@ -24,6 +26,7 @@ def check_engine(plan: LoadPlan, rollout: RolloutConfig) -> None:
         check_latent_width(plan.reader.path)
     check_kv_cache(rollout, on_npu=plan.platform in NPU_PLATFORMS)
     check_groups(plan, rollout)
+    check_scales_of_rows(plan, rollout)
 
 
 def check_kv_cache(rollout: RolloutConfig, *, on_npu: bool) -> None:
@@ -86,3 +89,21 @@ def check_groups(plan: LoadPlan, rollout: RolloutConfig) -> None:
                 + (", or rollout.expert_parallel to true" if part != "self_attn.o_proj" else ""),
                 where=str(folder / "config.json"),
             )
+
+
+def check_scales_of_rows(plan: LoadPlan, rollout: RolloutConfig) -> None:
+    """Raise ConfigError where vLLM would leave scales of experts unloaded.
+
+    msmodelslim's W4A8 in groups has scales of rows [N, 1] besides, which vLLM 0.23 (fused_moe/layer.py, `_load_w2`)
+    cuts by columns for tensor-parallel ranks, as it cuts those of groups: nothing is left for any rank.
+    """
+    if plan.platform not in ASCEND or rollout.tensor_parallel == 1 or rollout.expert_parallel:
+        return
+    formats = (plan.engine_format(name) for name in plan.names() if ".experts.0." in name)
+    if any(isinstance(format, W4A8Dynamic) and format.group_size for format in formats):
+        raise ConfigError(
+            f"experts of msmodelslim's W4A8 in groups don't load with rollout.tensor_parallel="
+            f"{rollout.tensor_parallel}.",
+            fix="set rollout.expert_parallel to true, or quantize with --group-size -1",
+            where=str(plan.reader.path / ModelSlimFormats.file_name),
+        )

@@ -17,14 +17,18 @@ from typing import Any
 import torch
 
 from qerl_rl.config.errors import ConfigError
+from qerl_rl.quant.base import quantization_config
 from qerl_rl.quant.checkpoint import CheckpointReader, read_config
-from qerl_rl.quant.formats import Format, Part, get_format
+from qerl_rl.quant.formats import GROUP_SIZES, Format, Part, get_format
 from qerl_rl.quant.int4 import W4A16Asymmetric
+from qerl_rl.quant.modelslim import ModelSlimFormats
 from qerl_rl.quant.platforms import CONVERT, DEQUANTIZED, support
-from qerl_rl.quant.quantize import Recipe, Rounding
+from qerl_rl.quant.quantize import NEVER, Recipe, Rounding
 from qerl_rl.quant.stored import format_of_group
 
 WHOLE = slice(None)
+ASCEND = ("910", "a5")
+"""Platforms whose engine reads msmodelslim's description itself."""
 
 
 class LoadPlan:
@@ -39,20 +43,24 @@ class LoadPlan:
     def __init__(self, folder: str | Path, platform: str, quantize_to: str | None = None, group_size: int = 0) -> None:
         self.reader, self.platform = CheckpointReader(folder), platform
         self._recipe = Recipe(quantize_to, group_size=group_size) if quantize_to not in (None, "", "none") else None
-        config = read_config(Path(folder))
-        self._described = config.get("quantization_config")
+        self._where = str(Path(folder) / "config.json")
+        self._described = read_config(Path(folder)).get("quantization_config")
+        by_msmodelslim = (Path(folder) / ModelSlimFormats.file_name).exists()
+        self._is_translated = by_msmodelslim and platform not in ASCEND
         if self._recipe is not None:
-            if self._described:
+            if self._described or by_msmodelslim:
                 raise ConfigError(
                     f"{folder} is quantized already, and can't be rounded to {quantize_to}.",
                     fix="set model.path to the checkpoint in bfloat16 or float32",
-                    where=str(Path(folder) / "config.json"),
+                    where=self._where,
                 )
             self._described = self._recipe.quantization_config()
             self._rounding = Rounding(self.reader, self._recipe)
-        self._where = str(Path(folder) / "config.json")
-        groups = (self._described or {}).get("config_groups") or {}
-        self._formats = {name: format_of_group(group, self._where) for name, group in groups.items()}
+        if self._is_translated:
+            self._formats, self._described = _in_compressed_tensors_words(self.reader)
+        else:
+            groups = (self._described or {}).get("config_groups") or {}
+            self._formats = {name: format_of_group(group, self._where) for name, group in groups.items()}
         for format in self._formats.values():
             how = support(format.name, platform)
             if how.how == CONVERT:
@@ -65,7 +73,7 @@ class LoadPlan:
     @property
     def is_native(self) -> bool:
         """Whether the engine takes every weight as it is stored, under the name that it has in its file."""
-        if self._recipe is not None or self.reader.has_fused_experts:
+        if self._recipe is not None or self._is_translated or self.reader.has_fused_experts:
             return False
         runs = [(format, self._as_run(format)) for format in self._formats.values()]
         return all(run is not None and run.name == format.name for format, run in runs)
@@ -90,8 +98,8 @@ class LoadPlan:
             return None
         if self.platform == "cpu" and format.name in ("w4a16", "w4a8"):
             # The same numbers in the layout of the int4 kernel, which computes with int8 activations either way and
-            # knows no scales of whole rows.
-            return get_format("w4a16", format.group_size) if format.group_size else None
+            # knows no scales of whole rows, nor groups that vLLM has no name for.
+            return get_format("w4a16", format.group_size) if format.group_size in GROUP_SIZES["w4a16"] else None
         return None if support(format.name, self.platform).how == DEQUANTIZED else format
 
     def tensors(self, weight: str) -> dict[str, torch.Tensor]:
@@ -142,7 +150,8 @@ class LoadPlan:
         """Parts of one format as those of another that has the same numbers."""
         if stored.name == run.name:
             return parts
-        scales = {"_scale": parts["_scale"]}
+        # The kernel's own type; msmodelslim's are float32.
+        scales = {"_scale": parts["_scale"].to(run.parts[-1].dtype)}
         ones = {"_scale": torch.ones_like(parts["_scale"])}
         return run.encode(parts[""], ones) | scales
 
@@ -169,7 +178,7 @@ class LoadPlan:
 
     def _ascend_group_size(self) -> dict[str, int]:
         """vllm-ascend's W4A16 reads the group size beside the groups of modules, and takes 32 where it finds none."""
-        if self.platform not in ("910", "a5"):
+        if self.platform not in ASCEND:
             return {}
         sizes = [format.group_size for format in self._formats.values() if format.name == "w4a16"]
         return {"group_size": sizes[0]} if sizes else {}
@@ -201,6 +210,24 @@ class LoadPlan:
         if run.name != format.name:
             return f"{format.name}{groups}: native, in the layout of {run.name}"
         return f"{format.name}{groups}: native{', ' + how.note if how.note else ''}"
+
+
+def _in_compressed_tensors_words(reader: CheckpointReader) -> tuple[dict[str, Format], dict[str, Any]]:
+    """The formats of a checkpoint that msmodelslim describes by name of their group, and the `quantization_config` that
+    says the same: each module is named, in a group or as an exception."""
+    modules: dict[str, list[str]] = {}
+    formats: dict[str, Format] = {}
+    # A router's or an output layer's module may have no tensor of its own.
+    ignored = list(NEVER)
+    for weight in reader.weights():
+        format, module = reader.format_of(weight), weight.removesuffix(".weight")
+        if format is None:
+            ignored.append(module)
+        else:
+            formats.setdefault(format.name, format)
+            modules.setdefault(format.name, []).append(module)
+    groups = {name: format.config_group(modules[name]) for name, format in formats.items()}
+    return formats, quantization_config(groups, ignored)
 
 
 @contextlib.contextmanager

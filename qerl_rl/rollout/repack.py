@@ -78,14 +78,10 @@ def repack(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor], a
     if is_ascend(module):
         expected = unpacked_parameters(module)
         # A parameter may be of fewer bits than what arrives: scales are bfloat16 there.
-        rewrite(module, {name: _typed(tensor, expected[name]) for name, tensor in tensors.items()})
+        rewrite(module, {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})
         refresh_attention(module, vllm_config)
     else:
         _reload(module, vllm_config, tensors, absorbing)
-
-
-def _typed(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    return once_a_matrix(tensor, parameter).to(parameter.dtype)
 
 
 def _reload(module: Any, vllm_config: Any, tensors: Mapping[str, torch.Tensor], absorbing: Any) -> None:

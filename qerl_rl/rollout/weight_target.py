@@ -21,6 +21,8 @@ from qerl_rl.rollout.load_plan import LoadPlan
 from qerl_rl.rollout.repack import absorbing_layers, packed_modules, repack, unpacked_parameters
 
 _WEIGHT = re.compile(r"(w13_|w2_)?weight")
+_DERIVED = "scale_bias"
+"""Ends the names of parameters that follow from weights and scales."""
 _GATE, _, _BIAS = ROUTER_BIAS.partition(".")
 FIRST_OF_FUSED = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj", "fused_qkv_a_proj": "q_a_proj"}
 
@@ -175,7 +177,7 @@ class _Packed:
             if found and kind not in self._formats:
                 self._formats[kind] = formats.of(kind)
                 self.locals |= self._parts(kind)
-            elif not found:
+            elif not found and not name.endswith(_DERIVED):
                 self.locals[f"{self._path}.{name}"] = tuple(parameter.shape), parameter.dtype
         self.begin()
 
@@ -188,8 +190,7 @@ class _Packed:
         stored, run = self._formats[kind]
         first = run.parts[0] if run else None
         parameter = self._parameters[kind + (first.suffix if first else "")]
-        *rows, width = parameter.shape
-        weight = (*rows, width * (first.columns if first else 1))
+        weight = run.weight_shape(tuple(parameter.shape)) if run else tuple(parameter.shape)
         if stored is None:
             return {f"{self._path}.{kind}": (weight, parameter.dtype)}
         return {f"{self._path}.{kind}{part.suffix}": (part.shape(weight), part.dtype) for part in stored.parts}

@@ -34,6 +34,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "MXFP4 experts": ("mxfp4", {"attention": "none"}),
     "MXFP8": ("mxfp8", {}),
     "MXFP4 as msmodelslim describes it": ("mxfp4", {"layout": "msmodelslim"}),
+    "W4A8 as msmodelslim describes it": ("w4a8", {"layout": "msmodelslim", "group_size": 32}),
 }
 AWQ = "W4A16 with zero points"
 SIZES = {"layers": 2, "shared_expert_width": 64}

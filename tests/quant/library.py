@@ -42,3 +42,17 @@ def library_compress(format: Format, weight: torch.Tensor, largest: torch.Tensor
 def library_decompress(format: Format, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     scheme, compressor = scheme_of(format)
     return compressor.decompress(dict(tensors), scheme)["weight"]
+
+
+def linear_modules(names: list[str]) -> torch.nn.Module:
+    """A model with a Linear for each matrix [N, K] of these weights, as engines build it."""
+    root = torch.nn.Module()
+    for name in names:
+        module = root
+        *parents, leaf = name.removesuffix(".weight").split(".")
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, torch.nn.Module())
+            module = getattr(module, parent)
+        module.add_module(leaf, torch.nn.Linear(1, 1))
+    return root

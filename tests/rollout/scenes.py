@@ -16,6 +16,7 @@ from qerl_rl.config.schema import LoraConfig, RolloutConfig
 from qerl_rl.layout.architecture import MoeArchitecture
 from qerl_rl.layout.slots import adapter_slots
 from qerl_rl.quant.checkpoint import CheckpointReader, ShardWriter
+from qerl_rl.quant.modelslim import ModelSlimFormats
 from qerl_rl.quant.requantize import requantized
 from qerl_rl.rollout.adapters import AdapterSet
 from qerl_rl.rollout.engine import GroupOutput, GroupRequest
@@ -166,6 +167,9 @@ def write_merged(folder: Path, adapters: Mapping[str, torch.Tensor], out: Path, 
     if as_floats:
         del described["quantization_config"]
     (out / "config.json").write_text(json.dumps(described))
+    slim = folder / ModelSlimFormats.file_name
+    if slim.exists() and not as_floats:
+        (out / slim.name).write_text(slim.read_text())
     return out
 
 

@@ -18,10 +18,11 @@ from qerl_rl.config.schema import RolloutConfig
 from qerl_rl.quant.checkpoint import CheckpointReader
 from qerl_rl.quant.formats import FORMATS
 from qerl_rl.quant.quantize import quantize_checkpoint
-from qerl_rl.rollout.limits import check_groups
+from qerl_rl.rollout.limits import check_groups, check_scales_of_rows
 from qerl_rl.rollout.load_plan import LoadPlan, local_tensors
 from qerl_rl.rollout.loader import LOAD_FORMAT, loader_options
 from tests.quant.converted import as_from_awq
+from tests.quant.library import linear_modules
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,45 @@ def test_what_is_loaded_stands_for_the_same_weights(stored: Callable[..., Path],
         weights = QuantizationConfig.model_validate(described).config_groups["group_0"].weights
         assert weights.num_bits == (8 if format == "w8a8" else 4)
         assert described["format"] == ("int-quantized" if format == "w8a8" else "pack-quantized")
+
+
+SLIM: dict[str, dict[str, Any]] = {
+    "w8a8": {},
+    "w4a8": {"group_size": 32},
+    "w4a16": {"group_size": 32, "attention": "w8a8"},
+    "mxfp4": {"attention": "none", "keep_layers": [1]},
+}
+
+
+@pytest.mark.parametrize("format", SLIM)
+def test_a_checkpoint_that_msmodelslim_describes_is_shown_as_its_twin(stored: Callable[..., Path], format: str) -> None:
+    plan = LoadPlan(stored(format, layout="msmodelslim", **SLIM[format]), "cpu")
+    twin = LoadPlan(stored(format, **SLIM[format]), "cpu")
+    assert plan.line() == twin.line()
+    assert plan.names() == twin.names()
+    assert not plan.is_native
+    found, expected = (dict(local_tensors(each, frozenset())) for each in (plan, twin))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        # Scales of int4 groups are float32 here: the same numbers.
+        assert torch.equal(found[name].to(tensor.dtype), tensor), name
+    modules = linear_modules([name for name in plan.names() if name.endswith("_proj.weight")])
+    assert _groups_by_the_library(plan, modules) == _groups_by_the_library(twin, modules)
+    assert "weight_offset" not in " ".join(found)
+
+
+def _groups_by_the_library(plan: LoadPlan, modules: torch.nn.Module) -> dict[str, tuple[int, int | None, bool]]:
+    """(bits, group size, quantized activations) of each module that the engine is shown as quantized."""
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils import match_named_modules
+
+    described = plan.quantization_config()
+    config = QuantizationConfig.model_validate(described) if described else None
+    return {
+        name: (group.weights.num_bits, group.weights.group_size, group.input_activations is not None)
+        for group in (config.config_groups.values() if config else ())
+        for name, _ in match_named_modules(modules, group.targets, config.ignore)
+    }
 
 
 def test_a_mixed_checkpoint_shows_the_engine_what_it_runs_natively(stored: Callable[..., Path]) -> None:
@@ -149,8 +189,9 @@ def test_a_float_checkpoint_is_rounded_as_quantize_writes_it(
 
 
 def test_what_is_quantized_already_is_not_rounded_again(stored: Callable[..., Path]) -> None:
-    with pytest.raises(ConfigError, match="checkpoint in bfloat16 or float32"):
-        LoadPlan(stored("w8a8"), "cpu", quantize_to="w4a16")
+    for layout in ("compressed-tensors", "msmodelslim"):
+        with pytest.raises(ConfigError, match="checkpoint in bfloat16 or float32"):
+            LoadPlan(stored("w8a8", layout=layout), "cpu", quantize_to="w4a16")
 
 
 def test_foreign_modules_are_not_read(stored: Callable[..., Path]) -> None:
@@ -197,3 +238,15 @@ def test_tensor_parallel_that_cuts_through_groups_is_refused(stored: Callable[..
         check_groups(plan, dataclasses.replace(layout, tensor_parallel=4))
     # What is dequantized has no groups left to cut.
     check_groups(LoadPlan(stored("mxfp4"), "cpu"), dataclasses.replace(layout, tensor_parallel=4))
+
+
+def test_scales_that_tensor_parallel_ranks_of_ascend_would_not_get_are_refused(stored: Callable[..., Path]) -> None:
+    split = RolloutConfig(tensor_parallel=2, data_parallel=1, expert_parallel=False)
+    options = {"layout": "msmodelslim", "attention": "w8a8"}
+    groups, rows = (stored("w4a8", group_size=size, **options) for size in (32, -1))
+    with pytest.raises(ConfigError, match=r"rollout.expert_parallel to true, or quantize with --group-size -1"):
+        check_scales_of_rows(LoadPlan(groups, "910"), split)
+    check_scales_of_rows(LoadPlan(groups, "910"), dataclasses.replace(split, expert_parallel=True))
+    check_scales_of_rows(LoadPlan(groups, "910"), dataclasses.replace(split, tensor_parallel=1))
+    check_scales_of_rows(LoadPlan(rows, "910"), split)
+    check_scales_of_rows(LoadPlan(groups, "cpu"), split)

@@ -32,7 +32,8 @@ from tests.rollout.scenes import (
 GROUPS = [0, 1, 4]
 """Prompts of 8, 68 and 248 tokens: one KV block holds 128."""
 NATIVE = ("w8a8", "w4a16")
-FORMATS = (*NATIVE, "w4a8", "nvfp4", "mixed")
+SLIM = "w4a8 as msmodelslim describes it"
+FORMATS = (*NATIVE, "w4a8", SLIM, "nvfp4", "mixed")
 """One of those that are dequantized stands for all: the loader asks the format itself (mixed has mxfp4)."""
 FUSED = "model.layers.1.self_attn.qkv_proj"
 NEAREST = dataclasses.replace(LORA, in_rollout="merge", merge_rounding="nearest")
@@ -105,9 +106,11 @@ def folders(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempP
     source = tiny_checkpoint("qwen3_moe", "bfloat16", layers=2)
     built = {}
     for name in FORMATS:
-        built[name] = tmp_path_factory.mktemp(name)
+        built[name] = tmp_path_factory.mktemp(name.replace(" ", "_"))
         if name == "mixed":
             quantize_checkpoint(source, built[name], "mxfp4", attention="w8a8", keep_layers=[1])
+        elif name == SLIM:
+            quantize_checkpoint(source, built[name], "w4a8", layout="msmodelslim", group_size=32)
         else:
             quantize_checkpoint(source, built[name], name, group_size=32 if name.startswith("w4") else 0)
     return built
@@ -129,6 +132,11 @@ def test_a_format_without_a_kernel_is_its_bfloat16_twin(seen: dict[str, Any]) ->
     assert seen["nvfp4", "clean"] == seen["nvfp4", "twin"]
     assert seen["nvfp4", "merged"] == seen["nvfp4", "fresh"]
     assert "dequantized to bfloat16" in seen["nvfp4", "line"]
+
+
+def test_what_msmodelslim_describes_runs_and_is_merged_into_as_its_twin(seen: dict[str, Any]) -> None:
+    for kind in ("line", "kernels", "clean", "merged"):
+        assert seen[SLIM, kind] == seen["w4a8", kind], kind
 
 
 @pytest.mark.parametrize("name", FORMATS)

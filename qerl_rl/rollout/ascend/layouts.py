@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qerl_rl.platform import ops
+from qerl_rl.quant.modelslim_w4a8 import SIXTEENTHS, bias_of_rows, engine_scales
 
 Tensors = Mapping[str, torch.Tensor]
 Stored = dict[str, torch.Tensor]
@@ -68,20 +69,28 @@ def _int4_experts_with_int8_tokens(module: Any, tensors: Tensors) -> Stored:
     column. Scales are the bits of float32 in an int64.
     """
     stored: Stored = {}
+    scheme = module.quant_method.quant_method
     for name in EXPERT_WEIGHTS:
         weight, scale = tensors[f"{name}_weight"], tensors[f"{name}_weight_scale"].transpose(1, 2)
         columns = weight.transpose(1, 2).contiguous()
-        bits = scale.float().contiguous().view(torch.int32).long() & 0xFFFFFFFF
+        kept = scale.float() if scheme.is_per_channel_weight or not _is_msmodelslims(scheme) else engine_scales(scale)
+        bits = kept.contiguous().view(torch.int32).long() & 0xFFFFFFFF
         # Without groups, w13's has no dimension for them; w2's product wants one.
-        stored[f"{name}_weight_scale"] = bits[:, 0] if name == "w13" and _has_one_scale_a_row(module) else bits
-        groups = columns.float().unflatten(1, (scale.shape[1], -1)) * scale.contiguous()[:, :, None]
-        stored[f"{name}_scale_bias"] = 8 * groups.flatten(1, 2).sum(1)
+        stored[f"{name}_weight_scale"] = bits[:, 0] if name == "w13" and scheme.is_per_channel_weight else bits
+        if _is_msmodelslims(scheme):
+            parts = {"": weight, "_scale": tensors[f"{name}_weight_scale"]}
+            pieces = SIXTEENTHS // scheme.tp_size if name == "w2" else 1
+            stored[f"{name}_scale_bias"] = bias_of_rows(parts, pieces).transpose(1, 2).contiguous().sum(1)
+        else:
+            groups = columns.float().unflatten(1, (scale.shape[1], -1)) * scale.contiguous()[:, :, None]
+            stored[f"{name}_scale_bias"] = 8 * groups.flatten(1, 2).sum(1)
         stored[f"{name}_weight"] = _eight_in_an_int32(columns)
     return stored
 
 
-def _has_one_scale_a_row(module: Any) -> bool:
-    return bool(module.quant_method.quant_method.is_per_channel_weight)
+def _is_msmodelslims(scheme: Any) -> bool:
+    """Whether the weights came in msmodelslim's layout, whose biases are summed by parts of a row."""
+    return scheme.quant_method != "compressed-tensors"
 
 
 def _eight_in_an_int32(values: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,10 @@ RELIANCES = (
     f"{_METHODS}.w8a8_dynamic:AscendW8A8DynamicLinearMethod",
     f"{_METHODS}.w8a8_dynamic:AscendW8A8DynamicFusedMoEMethod",
     f"{_METHODS}.w4a16:AscendW4A16FusedMoEMethod",
-    f"{_METHODS}.w4a8:AscendW4A8DynamicFusedMoEMethod.is_per_channel_weight",
+    *(
+        f"{_METHODS}.w4a8:AscendW4A8DynamicFusedMoEMethod.{name}"
+        for name in ("is_per_channel_weight", "quant_method", "tp_size")
+    ),
     f"{_METHODS}.w8a8_mxfp8:AscendW8A8MXFP8DynamicLinearMethod",
     f"{_METHODS}.w8a8_mxfp8:AscendW8A8MXFP8DynamicFusedMoEMethod",
     "vllm_ascend.ops.linear:AscendUnquantizedLinearMethod",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qerl_rl.quant.formats import Format, get_format
+from qerl_rl.quant.modelslim_w4a8 import VERSION, W4A8Dynamic, scale_bias
 from tests.rollout.ascend.wheel import METHODS
 
 HIDDEN, WIDTH, EXPERTS, OUTPUTS = 128, 256, 4, 192
@@ -32,12 +33,18 @@ def _int4_description(group_size: int) -> dict[str, Any]:
     return {**quantized, "group_size": group_size}
 
 
+def _slim_description(group_size: int) -> dict[str, Any]:
+    return {"version": VERSION, "group_size": group_size}
+
+
 W4A8_EXPERTS = "AscendW4A8DynamicFusedMoEMethod"
 EXPERT_KINDS = {
     "w8a8": Kind(f"{METHODS}.w8a8_dynamic", "AscendW8A8DynamicFusedMoEMethod", get_format("w8a8"), {}),
     "w4a16": Kind(f"{METHODS}.w4a16", "AscendW4A16FusedMoEMethod", get_format("w4a16", 32), {"group_size": 32}),
     "w4a8": Kind(f"{METHODS}.w4a8", W4A8_EXPERTS, get_format("w4a8", -1), _int4_description(0)),
     "w4a8, groups": Kind(f"{METHODS}.w4a8", W4A8_EXPERTS, get_format("w4a8", 64), _int4_description(64)),
+    "w4a8, msmodelslim": Kind(f"{METHODS}.w4a8", W4A8_EXPERTS, W4A8Dynamic(0), _slim_description(0)),
+    "w4a8, msmodelslim, groups": Kind(f"{METHODS}.w4a8", W4A8_EXPERTS, W4A8Dynamic(64), _slim_description(64)),
     "mxfp8": Kind(f"{METHODS}.w8a8_mxfp8", "AscendW8A8MXFP8DynamicFusedMoEMethod", get_format("mxfp8"), {}),
     "bfloat16": Kind("vllm_ascend.ops.fused_moe.fused_moe", "AscendUnquantizedFusedMoEMethod", None, {}),
 }
@@ -133,11 +140,27 @@ def _zeroed(layer: torch.nn.Module) -> torch.nn.Module:
 
 def fill(layer: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put a checkpoint's tensors into a new layer's parameters, as vLLM's loaders do; vllm-ascend processes it."""
-    for name, tensor in tensors.items():
+    for name, tensor in _as_stored(layer, tensors).items():
         parameter = layer.get_parameter(name)
         assert parameter.shape == tensor.shape, name
         parameter.data.copy_(tensor)
     layer.quant_method.process_weights_after_loading(layer)
+
+
+def _as_stored(layer: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Parts of a layer as its checkpoint has them: otherwise than in memory in msmodelslim's layout of W4A8."""
+    scheme = getattr(layer.quant_method, "quant_method", None)
+    if not getattr(scheme, "new_quant_version", False):
+        return tensors
+    found: Tensors = {}
+    for name, module in (("w13", "up_proj"), ("w2", "down_proj")):
+        parts = zip(tensors[f"{name}_weight"], tensors[f"{name}_weight_scale"], strict=True)
+        experts = [{"": weight, "_scale": scale} for weight, scale in parts]
+        stored = [W4A8Dynamic(scheme.group_size).stored(expert) for expert in experts]
+        found |= {f"{name}_weight{suffix}": torch.stack([each[suffix] for each in stored]) for suffix in stored[0]}
+        biases = [scale_bias(f"0.{module}.weight", expert) for expert in experts]
+        found[f"{name}_scale_bias"] = torch.stack(biases)
+    return found
 
 
 def held(layer: torch.nn.Module) -> Tensors:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qerl_rl.layout.engine import EngineLayout
+from qerl_rl.quant.modelslim_w4a8 import W4A8Dynamic
 from qerl_rl.rollout.full_tensors import put
 from qerl_rl.rollout.load_plan import LoadPlan
 from qerl_rl.rollout.weight_target import FIRST_OF_FUSED
@@ -69,8 +70,11 @@ def module_at(root: torch.nn.Module, path: str) -> torch.nn.Module:
 
 
 def _format(plan: LoadPlan, weight: str) -> str:
+    """The kind of layer that this weight is part of."""
     format = plan.stored_format(weight)
-    return "bfloat16" if format is None else format.name
+    if format is None:
+        return "bfloat16"
+    return f"{format.name}, msmodelslim" if isinstance(format, W4A8Dynamic) else format.name
 
 
 def load_into(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

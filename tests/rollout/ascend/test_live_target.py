@@ -28,6 +28,10 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "w8a8": {"format": "w8a8"},
     "w4a16 experts": {"format": "w4a16", "attention": "w8a8", "group_size": 32},
     "w4a8 experts": {"format": "w4a8", "attention": "none", "group_size": -1},
+    "w4a8 experts, msmodelslim": {
+        **{"format": "w4a8", "attention": "w8a8", "group_size": -1},
+        "layout": "msmodelslim",
+    },
 }
 
 
@@ -73,7 +77,7 @@ def _check(first: Path, second: Path, sizes: tuple[int, int, bool], rank: int) -
         assert found[path].data_ptr() == before[path], path
 
 
-@pytest.mark.parametrize("name", ["w4a16 experts", "w4a8 experts"])
+@pytest.mark.parametrize("name", ["w4a16 experts", "w4a8 experts", "w4a8 experts, msmodelslim"])
 def test_merged_adapters_are_what_a_new_engine_on_the_merged_checkpoint_would_hold(
     name: str,
     tiny_checkpoint: Callable[..., Path],
