@@ -7,7 +7,7 @@ import os
 import random
 import resource
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,14 @@ from qerl_rl.config.loader import from_dict
 from qerl_rl.metrics.profile import StageProfiler, stage
 from qerl_rl.reshard.ledger import CRITIC, POLICY, REWARD_MODEL, SwapReport
 from qerl_rl.start_up import collector_paused
-from transfer_dock import Batch, Jagged, SampleKey, TransferDock
-from workers.batches import group_requests, to_samples
+from transfer_dock import Batch, Jagged, TransferDock
+from workers.batches import ages_of, group_requests, put_responses, to_samples
 
 if TYPE_CHECKING:
     from qerl_rl.algorithms.grpo import LossFunction
-    from qerl_rl.rollout.engine import GroupOutput
     from qerl_rl.train.engine import TrainEngine
     from qerl_rl.train.model_engine import ModelEngine
+    from qerl_rl.train.samples import Samples
     from qerl_rl.train.value_engine import RewardModelEngine, ValueEngine
 
 
@@ -307,37 +307,42 @@ class ActorHybridWorker:
         kl_coefficient takes the place of the configured one, which the driver may steer.
         """
         from qerl_rl.algorithms.grpo import grpo_loss
+        from workers.weight_means import WeightMeans
 
         algorithm = dataclasses.replace(self.config.algorithm, kl_coefficient=kl_coefficient)
-        loss_function = grpo_loss(algorithm, self.config.rollout_correction)
+        correction = self.config.rollout_correction
         columns = ["old_log_probs", "advantages"]
         if self.config.has_reference:
             columns.append("reference_log_probs")
-        if self.config.rollout_correction.compares:
+        if correction.compares:
             columns.append("rollout_log_probs")
-        return self._updates(batches, step, columns, loss_function, self.config.algorithm.loss_aggregation)
+        means = WeightMeans(batches, correction, self.train)
+
+        def loss_of(samples: Samples) -> LossFunction:
+            return grpo_loss(algorithm, correction, weight_mean=means(samples))
+
+        return self._updates(batches, step, columns, loss_of, algorithm.loss_aggregation)
 
     def update_pairs(self, batches: Sequence[Batch], step: int) -> list[dict[str, float]]:
         """`update` on pairs of a chosen and a rejected response: of each batch rows 0 and 1, 2 and 3, ..."""
         from qerl_rl.algorithms.dpo import pair_loss
         from qerl_rl.algorithms.sequences import PAIR_MEAN
 
-        return self._updates(batches, step, ("reference_log_probs",), pair_loss(self.config.dpo), PAIR_MEAN)
+        loss_function = pair_loss(self.config.dpo)
+        return self._updates(batches, step, ("reference_log_probs",), lambda samples: loss_function, PAIR_MEAN)
 
     def _updates(
         self,
         batches: Sequence[Batch],
         step: int,
         columns: Sequence[str],
-        loss_function: LossFunction,
+        loss_of: Callable[[Samples], LossFunction],
         aggregation: str,
     ) -> list[dict[str, float]]:
         self.begin_step(step)
         with self.profiler.stage("update"):
-            return [
-                self.train.update(to_samples(batch, columns), loss_function, aggregation=aggregation)
-                for batch in batches
-            ]
+            shares = (to_samples(batch, columns) for batch in batches)
+            return [self.train.update(samples, loss_of(samples), aggregation=aggregation) for samples in shares]
 
     def _give(self, model: str) -> None:
         """Put `model` into memory; without a rollout engine the policy has it for itself."""
@@ -383,23 +388,3 @@ def seed_global_generators(seed: int, rank: int) -> None:
     state = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
-
-
-def put_responses(dock: TransferDock, keys: list[SampleKey], output: GroupOutput) -> None:
-    """Write one group into the dock, as finished or as left for the next step."""
-    responses, log_probs = Jagged.from_rows(output.responses), Jagged.from_rows(output.log_probs)
-    routed = {} if output.routed_experts is None else {"routed_experts": Jagged.from_rows(output.routed_experts)}
-    if output.left:
-        left = {f"left_{name}": column for name, column in routed.items()}
-        dock.put({"left_responses": responses, "left_log_probs": log_probs, **left}, keys)
-        return
-    truncated = np.array([reason == "length" for reason in output.finish_reasons], dtype=np.float32)
-    dock.put({"responses": responses, "rollout_log_probs": log_probs, "truncated": truncated, **routed}, keys)
-
-
-def ages_of(prompts: Batch | None, keys: Sequence[SampleKey]) -> list[int]:
-    """The column `ages` of some samples of a lease."""
-    if prompts is None:
-        return []
-    ages = dict(zip(prompts.keys, prompts.columns["ages"].tolist(), strict=True))
-    return [ages[key] for key in keys]

@@ -1,4 +1,4 @@
-"""From leased rows of the dock to what the engines take."""
+"""From leased rows of the dock to what the engines take, and back."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from transfer_dock import Batch, Jagged, SampleKey
+from transfer_dock import Batch, Jagged, SampleKey, TransferDock
 
 if TYPE_CHECKING:
     from qerl_rl.config.schema import RolloutConfig
-    from qerl_rl.rollout.engine import GroupRequest
+    from qerl_rl.rollout.engine import GroupOutput, GroupRequest
     from qerl_rl.train.samples import Samples
 
 
@@ -69,3 +69,23 @@ def _over_tokens(column: Jagged | np.ndarray, lengths: list[int]) -> list[np.nda
     if isinstance(column, Jagged):
         return list(column.rows())
     return [np.full(length, value, dtype=np.float32) for value, length in zip(column, lengths, strict=True)]
+
+
+def put_responses(dock: TransferDock, keys: list[SampleKey], output: GroupOutput) -> None:
+    """Write one group into the dock, as finished or as left for the next step."""
+    responses, log_probs = Jagged.from_rows(output.responses), Jagged.from_rows(output.log_probs)
+    routed = {} if output.routed_experts is None else {"routed_experts": Jagged.from_rows(output.routed_experts)}
+    if output.left:
+        left = {f"left_{name}": column for name, column in routed.items()}
+        dock.put({"left_responses": responses, "left_log_probs": log_probs, **left}, keys)
+        return
+    truncated = np.array([reason == "length" for reason in output.finish_reasons], dtype=np.float32)
+    dock.put({"responses": responses, "rollout_log_probs": log_probs, "truncated": truncated, **routed}, keys)
+
+
+def ages_of(prompts: Batch | None, keys: Sequence[SampleKey]) -> list[int]:
+    """The column `ages` of some samples of a lease."""
+    if prompts is None:
+        return []
+    ages = dict(zip(prompts.keys, prompts.columns["ages"].tolist(), strict=True))
+    return [ages[key] for key in keys]

@@ -85,6 +85,13 @@ LOSSES: dict[str, PolicyLoss] = {
 }
 
 
+def reinforce_loss(
+    log_probs: Tensor, columns: Mapping[str, Tensor], token_weights: Tensor, config: AlgorithmConfig
+) -> losses.Loss:
+    """What rollout_correction.loss_type=reinforce puts in the place of `algorithm.loss`."""
+    return losses.plain_policy_loss(log_probs, columns["old_log_probs"], columns["advantages"], token_weights)
+
+
 def find_advantage(name: str) -> AdvantageFunction:
     """The function that `algorithm.advantage` names. Raises: ConfigError, as `find_function`."""
     return find_function("algorithm.advantage", name, ADVANTAGES, ("outcome", "config"))

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from qerl_rl.algorithms.losses import LOG_RATIO_LIMIT
 from qerl_rl.algorithms.rejection import kept_tokens
-from qerl_rl.algorithms.sequences import sequence_count, sequence_sums
+from qerl_rl.algorithms.sequences import sequence_count, sequence_means, sequence_sums
 from qerl_rl.config.learning_schema import RolloutCorrectionConfig
 
 TOKEN, SEQUENCE = "token", "sequence"
 SECTION = "rollout_correction"
 """Of the launch file, and of the metrics."""
+NO_WEIGHT = 1e-8
+"""A mean weight up to this divides nothing: all weights are (nearly) 0."""
 
 
 def importance_ratios(old_log_probs: Tensor, rollout_log_probs: Tensor, sequence_ids: Tensor, *, level: str) -> Tensor:
@@ -49,18 +51,48 @@ def limited(ratios: Tensor, low: float, high: float) -> Tensor:
     return torch.where((ratios >= low) & (ratios <= high), ratios, 0.0)
 
 
+def weight_sums(ratios: Tensor, ids: Tensor, correction: RolloutCorrectionConfig) -> tuple[float, int]:
+    """(sum of the limited weights, what it is a sum over): tokens, or sequences where correction.rollout_is=sequence.
+
+    Both add up over micro-batches and ranks; `mean_weight` makes the mean of the whole batch of them. A sequence counts
+    once, however long it is; tokens that are rejected count as well, as in verl.
+
+    Args: ratios [T] of `importance_ratios` and ids int64 [T], counted from 0, every sequence whole.
+    """
+    weights = limited(ratios.double(), *correction.is_band)
+    if correction.rollout_is == SEQUENCE:
+        found = ids.unique()
+        return float(sequence_means(weights, ids, sequence_count(ids))[found].sum()), len(found)
+    return float(weights.sum()), len(weights)
+
+
+def mean_weight(total: float, count: float) -> float:
+    """What `corrected_weights` divides by, from the sums of `weight_sums`; 1 where there is no weight to speak of."""
+    mean = total / count if count else 0.0
+    return mean if mean > NO_WEIGHT else 1.0
+
+
 def corrected_weights(
-    log_probs: Tensor, columns: Mapping[str, Tensor], token_weights: Tensor, correction: RolloutCorrectionConfig
+    log_probs: Tensor,
+    columns: Mapping[str, Tensor],
+    token_weights: Tensor,
+    correction: RolloutCorrectionConfig,
+    *,
+    weight_mean: float | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What each token counts in an update: (in the policy loss [T], in its other terms [T], metrics).
 
     Rejected tokens (`qerl_rl.algorithms.rejection`) count nothing in either; the importance weight is on the policy
     loss alone. Neither changes what sums are divided by, so that a step with everything rejected has the loss 0.
-    Metrics, sums over the tokens: `rollout_correction/rs_masked`, tokens rejected, where something can be.
+    With correction.rollout_is_batch_normalize the weights are divided by weight_mean, that of the limited weights of
+    the whole batch (`mean_weight`), which makes 1 their mean (verl's "batch normalization" of weights).
+    Metrics, sums over the tokens: `rollout_correction/rs_masked`, tokens rejected, where something can be;
+    `rollout_correction/is_batch_norm_factor`, weight_mean on each token, where it divides.
 
     Args: log_probs [T] of the policy that is updated. columns: `old_log_probs`, `rollout_log_probs` and
         `sequence_ids`, [T] each, where correction.compares. In bypass_mode, where the old log-probs are the engine's,
-        rejection compares the updated policy with it (as verl does).
+        rejection and weights compare the updated policy with it (as verl does).
+    Raises: ValueError when the weights are to be normalized and weight_mean is not given.
     """
     if not correction.compares:
         return token_weights, token_weights, {}
@@ -74,7 +106,13 @@ def corrected_weights(
     if correction.rollout_is == "none":
         return token_weights, token_weights, metrics
     ratios = importance_ratios(learner, rollout, ids, level=correction.rollout_is)
-    return token_weights * limited(ratios, *correction.is_band), token_weights, metrics
+    weights = limited(ratios, *correction.is_band)
+    if correction.rollout_is_batch_normalize:
+        if weight_mean is None:
+            raise ValueError(f"{SECTION}.rollout_is_batch_normalize needs weight_mean, that of the whole batch")
+        weights = weights / weight_mean
+        metrics[f"{SECTION}/is_batch_norm_factor"] = torch.tensor(weight_mean * len(weights), dtype=torch.float64)
+    return token_weights * weights, token_weights, metrics
 
 
 def weight_metrics(ratios: Tensor, low: float, high: float) -> dict[str, float]:

@@ -119,6 +119,18 @@ def clipped_weight_policy_loss(
     return (token_weights * token_losses).sum(), _metrics(token_losses, ratio, weight != ratio, log_ratio)
 
 
+def plain_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, token_weights: Tensor) -> Loss:
+    """REINFORCE: sum over tokens of -w_t * A_t * log p_t (Williams 1992, "Simple statistical gradient-following
+    algorithms for connectionist reinforcement learning"); nothing is clipped.
+
+    Args: as `clipped_policy_loss`; old_log_probs are for the metrics only.
+    Returns: (scalar loss, metrics); `clip_fraction` is 0.
+    """
+    log_ratio, ratio = (part.detach() for part in _ratio(log_probs, old_log_probs))
+    token_losses = -advantages * log_probs
+    return (token_weights * token_losses).sum(), _metrics(token_losses, ratio, torch.zeros_like(ratio), log_ratio)
+
+
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, token_weights: Tensor, *, clip: float
 ) -> Loss:

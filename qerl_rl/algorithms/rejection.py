@@ -17,7 +17,7 @@ def divergences(learner_log_probs: Tensor, rollout_log_probs: Tensor, kind: str)
 
     k1 = -x, k2 = x^2 / 2, k3 = e^x - 1 - x (Schulman, "Approximating KL divergence", 2020), x cut off at
     +-LOG_RATIO_LIMIT. binary_kl: the larger of both KL divergences between coins that fall on the token with
-    p_learner and p_rollout (verl's KPop).
+    p_learner and p_rollout (KPop, which pull request 6800 proposes for verl).
 
     Raises: ValueError for another kind.
     """

@@ -52,6 +52,7 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "algorithm.kl_in": ("loss", "reward"),
     "reward_model.backend": ("hf", "megatron"),
     "rollout_correction.rollout_is": ("none", "token", "sequence"),
+    "rollout_correction.loss_type": ("ppo_clip", "reinforce"),
     "profiler.kind": ("torch", "msprof"),
     "profiler.level": ("none", "level0", "level1", "level2"),
     "profiler.aic_metrics": (

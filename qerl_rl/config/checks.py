@@ -135,7 +135,7 @@ def _check_rollouts(config: Config) -> Fault:
 
 
 def _check_correction(config: Config) -> Fault:
-    return correction_fault(config.rollout_correction)
+    return correction_fault(config.rollout_correction, config.algorithm.loss)
 
 
 def _check_noise(config: Config) -> Fault:

@@ -23,6 +23,10 @@ class RolloutCorrectionConfig:
     rollout_is_threshold: str = "2.0"
     """The importance weight counts up to this (truncated importance sampling); as LOW_HIGH, such as 0.5_5.0, a weight
     outside the band counts 0 (IcePop)."""
+    rollout_is_batch_normalize: bool = False
+    """Divide these weights by their mean, so that they are 1 on average: the mean over the tokens of the whole step, of
+    its sequences where rollout_is=sequence; in bypass_mode over those of the mini-batch, which costs it a pass forward
+    before each update."""
     rollout_rs: str = "none"
     """none, or what a token or its whole sequence is rejected by, several with commas: token_k1, token_k2, token_k3,
     binary_kl; of a sequence seq_sum_k1, seq_mean_k1 (the geometric mean of its ratios), seq_sum_k2, seq_mean_k2,
@@ -34,6 +38,9 @@ class RolloutCorrectionConfig:
     """A sequence is rejected when p_trainer / p_rollout of one of its tokens is below this; 0 rejects none."""
     bypass_mode: bool = False
     """Take the engine's log-probs for the old ones: the loss then clips the ratio to what sampled the tokens."""
+    loss_type: str = "ppo_clip"
+    """The policy loss in bypass_mode: ppo_clip (algorithm.loss, whose ratio is the importance weight already) or
+    reinforce (-A log p, unclipped; rollout_is weighs it by the policy of the moment)."""
 
     @property
     def is_band(self) -> tuple[float, float]:
@@ -45,7 +52,7 @@ class RolloutCorrectionConfig:
         """(criterion, low, high) of each of rollout_rs; low is 0 but for k1. Raises: ValueError, a sentence."""
         if self.rollout_rs == "none":
             return ()
-        names = [name.strip() for name in self.rollout_rs.split(",")]
+        names = list(dict.fromkeys(name.strip() for name in self.rollout_rs.split(",")))
         unknown = [name for name in names if name not in CRITERIA]
         if unknown:
             raise ValueError(f"rollout_rs={self.rollout_rs}: {unknown[0]!r} is none of {', '.join(CRITERIA)}")
@@ -65,6 +72,11 @@ class RolloutCorrectionConfig:
     def compares(self) -> bool:
         """Whether an update needs the rollout engine's log-probs."""
         return self.rejects or self.rollout_is != "none"
+
+    @property
+    def is_reinforce(self) -> bool:
+        """Whether loss_type takes the place of algorithm.loss."""
+        return self.loss_type == "reinforce"
 
 
 def _rs_band(criterion: str, text: str) -> tuple[float, float]:

@@ -182,6 +182,9 @@ def _build(kind: Any, values: dict[str, Any], prefix: str, locate: KeyLocations)
         name = f"{prefix}{key}"
         if key not in hints:
             raise _unknown_key(name, str(key), prefix, list(hints), locate)
+        if value is None and getattr(kind, key, None) == "none":
+            # As other programs write that word: verl's rollout_is: null.
+            value = "none"
         known[key] = _value(hints[key], value, name, locate)
     return kind(**known)
 

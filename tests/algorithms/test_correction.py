@@ -2,13 +2,21 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qerl_rl.algorithms.choices import LOSSES
-from qerl_rl.algorithms.correction import importance_ratios, weight_metrics, with_effective_share
+from qerl_rl.algorithms.correction import (
+    corrected_weights,
+    importance_ratios,
+    mean_weight,
+    weight_metrics,
+    weight_sums,
+    with_effective_share,
+)
 from qerl_rl.algorithms.grpo import grpo_loss
 from qerl_rl.algorithms.losses import LOG_RATIO_LIMIT
 from qerl_rl.algorithms.sequences import sequence_ids, token_weights
@@ -111,6 +119,82 @@ def test_weights_scale_the_policy_loss_only_and_up_to_the_threshold():
         grpo_loss(AlgorithmConfig(), correction)(log_probs, entropy, columns, weights)
 
 
+def published_weights(old, rollout, mask, correction):
+    """Normalized weights by verl's docs/algo/rollout_corr_math.md, 3.3 and 3.4: float64 [S, longest], padding is 0."""
+    log_ratios = (old - rollout) * mask
+    low, high = correction.is_band
+    if correction.rollout_is == "token":
+        ratios = np.exp(log_ratios)
+    else:
+        ratios = np.exp(log_ratios.sum(axis=1, keepdims=True)) * np.ones_like(mask)
+    weights = np.where((ratios >= low) & (ratios <= high), ratios, 0.0) if low else np.minimum(ratios, high)
+    weights = weights * mask
+    by_sequence = weights.sum(axis=1) / mask.sum(axis=1)
+    mean = weights.sum() / mask.sum() if correction.rollout_is == "token" else by_sequence.mean()
+    return weights / (mean if mean > 1e-8 else 1.0), mean
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(LEVELS),
+    st.sampled_from(["1.1", "2.0", "0.8_1.6", "1.6_1.7"]),
+    st.integers(0, 10_000),
+    st.lists(st.integers(1, 6), min_size=1, max_size=6),
+)
+def test_normalized_weights_are_those_of_the_published_formulas_however_the_batch_is_split(
+    level, threshold, seed, lengths
+):
+    log_probs, _, columns = problem(seed, lengths)
+    correction = RolloutCorrectionConfig(
+        rollout_is=level, rollout_is_threshold=threshold, rollout_is_batch_normalize=True
+    )
+    mask = (np.arange(max(lengths))[None] < np.array(lengths)[:, None]).astype(float)
+    padded = {name: np.full(mask.shape, np.pi) for name in ("old_log_probs", "rollout_log_probs")}
+    for name, values in padded.items():
+        values[mask > 0] = columns[name].numpy()
+    expected, mean = published_weights(*padded.values(), mask, correction)
+    # Each sequence is a part of its own, as if on a rank of its own.
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    sums = []
+    for first, last in zip([0, *ends], ends, strict=False):
+        one, ids = slice(first, last), torch.zeros(last - first, dtype=torch.int64)
+        ratios = importance_ratios(columns["old_log_probs"][one], columns["rollout_log_probs"][one], ids, level=level)
+        sums.append(weight_sums(ratios, ids, correction))
+    factor = mean_weight(*map(sum, zip(*sums, strict=True)))
+    ones = torch.ones(ends[-1]).double()
+    weights, others, metrics = corrected_weights(log_probs, columns, ones, correction, weight_mean=factor)
+    np.testing.assert_allclose(weights.numpy(), expected[mask > 0], rtol=1e-12)
+    assert others.equal(ones)
+    assert metrics["rollout_correction/is_batch_norm_factor"].item() == pytest.approx(factor * ends[-1])
+    # A batch whose weights are all 0 stays as it is.
+    assert factor == pytest.approx(mean if mean else 1.0)
+
+
+def test_weights_are_not_normalized_without_the_mean_of_the_whole_batch():
+    log_probs, entropy, columns = problem(5, [2, 1])
+    loss = grpo_loss(AlgorithmConfig(), RolloutCorrectionConfig(rollout_is="token", rollout_is_batch_normalize=True))
+    with pytest.raises(ValueError, match="needs weight_mean"):
+        loss(log_probs, entropy, columns, torch.ones(3).double())
+
+
+def test_reinforce_weighs_unclipped_log_probs_by_the_policy_that_is_updated():
+    log_probs, entropy, columns = problem(5, [2, 1])
+    columns["old_log_probs"] = columns["rollout_log_probs"] = log_probs - doubles(4.0, 0.5, 1.5).log()
+    columns["advantages"] = doubles(1.0, 1.0, -2.0)
+    bypass = {"bypass_mode": True, "loss_type": "reinforce"}
+
+    def gradient(**keys):
+        leaf, correction = log_probs.clone().requires_grad_(), RolloutCorrectionConfig(**bypass, **keys)
+        loss, metrics = grpo_loss(AlgorithmConfig(), correction)(leaf, entropy, columns, torch.ones(3).double())
+        assert metrics["clip_fraction"].item() == 0
+        assert metrics["ratio"].item() == pytest.approx(4.0 + 0.5 + 1.5)
+        return torch.autograd.grad(loss, leaf)[0].tolist()
+
+    assert gradient() == pytest.approx([-1.0, -1.0, 2.0])
+    assert gradient(rollout_is="token") == pytest.approx([-2.0, -0.5, 2 * 1.5])
+    assert gradient(rollout_is="sequence", rollout_is_threshold="9") == pytest.approx([-2.0, -2.0, 2 * 1.5])
+
+
 VOCABULARY = 3
 
 
@@ -148,6 +232,10 @@ def test_untruncated_sequence_weights_make_the_off_policy_gradient_exact_in_expe
 
     exact = expected_gradient(policy, policy, rewards, RolloutCorrectionConfig())
     torch.testing.assert_close(expected_gradient(policy, sampler, rewards, correction("sequence")), exact)
+    reinforce = RolloutCorrectionConfig(
+        rollout_is="sequence", rollout_is_threshold=str(UNBOUNDED), bypass_mode=True, loss_type="reinforce"
+    )
+    torch.testing.assert_close(expected_gradient(policy, sampler, rewards, reinforce), exact)
     errors = {
         name: float((expected_gradient(policy, sampler, rewards, how) - exact).norm())
         for name, how in {

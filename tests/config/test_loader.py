@@ -45,6 +45,20 @@ def test_a_band_keeps_its_underscore_which_yaml_drops_from_numbers(tmp_path):
     assert interpolated.config.rollout_correction.is_band == (0.0, 3.0)
 
 
+def test_a_section_written_for_verl_reads_as_it_does_there(tmp_path):
+    """The defaults of its trainer/config/algorithm/rollout_correction.yaml, and a preset that uses most keys."""
+    keys = "rollout_is: null, rollout_is_threshold: 2.0, rollout_rs: null, rollout_rs_threshold: null"
+    more = "bypass_mode: false, loss_type: ppo_clip, rollout_is_batch_normalize: false"
+    loaded = load_config(write(tmp_path, VALID + f"rollout_correction: {{{keys}, {more}}}\n"))
+    check_config(loaded.config, loaded.locate)
+    assert loaded.config.rollout_correction == Config().rollout_correction
+    keys = "rollout_is: sequence, rollout_rs: 'seq_mean_k1, seq_mean_k1', rollout_rs_threshold: 0.999_1.001"
+    more = "bypass_mode: true, loss_type: reinforce, rollout_is_batch_normalize: true"
+    loaded = load_config(write(tmp_path, VALID + f"rollout_correction: {{{keys}, {more}}}\n"))
+    check_config(loaded.config, loaded.locate)
+    assert loaded.config.rollout_correction.rs_bands == (("seq_mean_k1", 0.999, 1.001),)
+
+
 def test_interpolation_resolves(tmp_path):
     path = write(tmp_path, VALID + "checkpoint: {every: '${run.steps}'}\n")
     assert load_config(path).config.checkpoint.every == 3
@@ -263,9 +277,29 @@ def test_a_single_reward_weighs_one_and_exact_is_the_default(tmp_path):
         ),
         (
             ["rollout_correction.rollout_is=token", "rollout_correction.bypass_mode=true"],
-            "with rollout_correction.bypass_mode all weights are 1",
-            "set rollout_correction.rollout_is to none",
+            "with rollout_correction.bypass_mode the ratio in the loss is that weight",
+            "set rollout_correction.rollout_is to none, rollout_correction.loss_type to reinforce",
         ),
+        (
+            ["rollout_correction.rollout_is_batch_normalize=true"],
+            "rollout_is=none has no weights to normalize",
+            "set rollout_correction.rollout_is to token or sequence",
+        ),
+        (
+            ["rollout_correction.loss_type=reinforce"],
+            "without rollout_correction.bypass_mode the loss is algorithm.loss=ppo",
+            "rollout_correction.bypass_mode to true",
+        ),
+        (
+            [
+                "rollout_correction.loss_type=reinforce",
+                "rollout_correction.bypass_mode=true",
+                "algorithm.loss=gspo",
+            ],
+            "rollout_correction.loss_type=reinforce takes its place",
+            "leave algorithm.loss out",
+        ),
+        (["rollout_correction.loss_type=ppo"], "loss_type=ppo is unknown", "ppo_clip or reinforce"),
     ],
 )
 def test_keys_that_do_not_fit_each_other(tmp_path, overrides, problem, fix):

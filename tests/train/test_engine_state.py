@@ -4,6 +4,7 @@ import dataclasses
 import os
 import random
 import threading
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -153,15 +154,47 @@ def resume(paths: dict[str, str], layout: dict, folder: str) -> dict:
     return {"straight": straight, "resumed": resumed, "step": step, "at_saving": at_saving}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_resumed_run_goes_on_bit_for_bit(two_ranks, checkpoints, tmp_path, layout):
-    for rank in two_ranks(resume, checkpoints, LAYOUTS[layout], str(tmp_path)):
+def assert_resumed(ranks: list[dict], folder: Path) -> None:
+    """Of what `resume` returned."""
+    for rank in ranks:
         assert rank["step"] == 7
         assert rank["resumed"]["updates"] == rank["straight"]["updates"][2:]
         assert rank["resumed"]["random"] == rank["straight"]["random"]
         assert_identical(rank["resumed"]["adapters"], rank["straight"]["adapters"])
-        written = load_file(tmp_path / "step_00000007" / "adapters.safetensors")
+        written = load_file(folder / "step_00000007" / "adapters.safetensors")
         assert_identical({name: tensor.numpy() for name, tensor in written.items()}, rank["at_saving"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_run_goes_on_bit_for_bit(two_ranks, checkpoints, tmp_path, layout):
+    assert_resumed(two_ranks(resume, checkpoints, LAYOUTS[layout], str(tmp_path)), tmp_path)
+
+
+SHARED_EXPERTS = {
+    "pipeline 2 in bfloat16": ("qwen2_moe", 1),
+    # Its first layer has no experts; the MLP there has the adapters of shared experts.
+    "tensor 2, expert 2": ("deepseek_v3", 2),
+}
+"""Families by layout, and on how many of two layers' shared experts a rank has adapters."""
+
+
+def is_of_shared_experts(name: str) -> bool:
+    return ".mlp." in name and ".experts." not in name
+
+
+@pytest.mark.parametrize("layout", SHARED_EXPERTS)
+def test_adapters_of_shared_experts_resume_bit_for_bit(two_ranks, tiny_w8a8, tmp_path, layout):
+    family, layers = SHARED_EXPERTS[layout]
+    ranks = two_ranks(resume, {"w8a8": str(tiny_w8a8(family, layers=2))}, LAYOUTS[layout], str(tmp_path))
+    assert_resumed(ranks, tmp_path)
+    # A and B of two matrices a layer: what was resumed went on learning, with the moments of the updates before.
+    before, after = ranks[0]["at_saving"], ranks[0]["resumed"]["adapters"]
+    assert sum(is_of_shared_experts(name) and (after[name] != before[name]).any() for name in after) == 2 * 4
+    for rank in range(2):
+        saved = load_file(tmp_path / "step_00000007" / f"rank_0000{rank}.safetensors")
+        moments = [name for name in saved if is_of_shared_experts(name) and name.endswith("/exp_avg_sq")]
+        assert len(moments) == layers * 4
+        assert all(saved[name].any() for name in moments)
 
 
 ROUND_TRIPS = {

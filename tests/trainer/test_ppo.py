@@ -91,6 +91,8 @@ def test_a_reward_model_on_the_cards_judges_what_grpo_samples_and_carries_over(t
         ),
         *(f"reward_model.path={judge}", "reward_model.backend=megatron", "reward_model.weight=0.01"),
         *("rollout.carry_prompts=8", "rollout.max_sequences=16", "rollout_correction.bypass_mode=true"),
+        *("rollout_correction.loss_type=reinforce", "rollout_correction.rollout_is=token"),
+        "rollout_correction.rollout_is_batch_normalize=true",
     )
     steps, ledger = rows(tmp_path / "run" / "metrics.jsonl"), rows(tmp_path / "run" / "swaps.jsonl")
     for step in steps:
@@ -100,6 +102,9 @@ def test_a_reward_model_on_the_cards_judges_what_grpo_samples_and_carries_over(t
         # The old log-probs are the engine's own: nothing is known of a mismatch, and entropy is that of the update.
         assert not any(name.startswith("rollout_vs_train/") for name in step)
         assert step["entropy"] > 0
+        # The policy of the trainer against the engine's in W8A8: close to 1, but not exactly.
+        assert 0 < abs(step["rollout_correction/is_batch_norm_factor"] - 1) < 0.2
+        assert step["clip_fraction"] == 0
     assert steps[1]["rollout/age_max"] == 1
     phases = [row["phase"] for row in ledger if row["rank"] == 0]
     assert phases == ["rollout", "reward_model", "train"] * 2

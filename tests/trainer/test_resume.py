@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.trainer.runs import ROOT, finished, tensors, untimed
 
+LAYERS = 4
 FILES = {"adapters.safetensors", "rank_00000.safetensors", "rank_00001.safetensors"}
 
 
@@ -82,16 +83,21 @@ def launch_and_kill(model, folder, step):
 
 
 @pytest.fixture(scope="module")
-def straight(tiny_w8a8, tmp_path_factory):
+def model(tiny_w8a8):
+    """A model with shared experts, whose adapters train too; other families resume in test_ppo and test_rollouts."""
+    return tiny_w8a8("qwen2_moe")
+
+
+@pytest.fixture(scope="module")
+def straight(model, tmp_path_factory):
     """Four steps without a break."""
     folder = tmp_path_factory.mktemp("straight")
-    launch(tiny_w8a8("qwen3_moe"), folder)
+    launch(model, folder)
     return folder
 
 
-def test_a_killed_run_resumes_bit_for_bit(straight, tiny_w8a8, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(straight, model, tmp_path):
     """Its first steps, before the kill, are those of the same launch once more."""
-    model = tiny_w8a8("qwen3_moe")
     launch_and_kill(model, tmp_path, step=2)
     assert [row["step"] for row in untimed(tmp_path / "metrics.jsonl")][:3] == [1, 2, 3]
     # What a kill in the middle of writing the next checkpoint leaves.
@@ -117,13 +123,17 @@ def test_a_killed_run_resumes_bit_for_bit(straight, tiny_w8a8, tmp_path):
         assert {name.partition("/")[0] for name in found} == FILES
         for name, tensor in expected.items():
             assert found[name].equal(tensor), name
+        # Of every layer's shared expert, two adapters of two matrices: trained, and with the moments of their updates.
+        moments = [name for name in found if ".shared_experts." in name and name.endswith("/exp_avg_sq")]
+        assert len({name.partition("/optimizer/")[2] for name in moments}) == 4 * LAYERS
+        assert all(found[name].any() for name in moments)
     assert not (torn / "rank_00000.safetensors.tmp").exists()
 
 
-def test_another_train_layout_takes_the_weights_along_and_says_what_differs(straight, tiny_w8a8, tmp_path):
+def test_another_train_layout_takes_the_weights_along_and_says_what_differs(straight, model, tmp_path):
     source = straight / "checkpoints" / "step_00000002"
     layout = ["train.expert_parallel=1", "train.tensor_parallel=2", "train.learning_rate=0"]
-    printed = launch(tiny_w8a8("qwen3_moe"), tmp_path, "--resume", str(source), *layout)
+    printed = launch(model, tmp_path, "--resume", str(source), *layout)
     assert "train.expert_parallel 2 -> 1" in printed
     assert "the random states differ" in printed
     assert "train.learning_rate 0.001 -> 0.0" in printed
@@ -132,7 +142,8 @@ def test_another_train_layout_takes_the_weights_along_and_says_what_differs(stra
     after = load_file(tmp_path / "checkpoints" / "step_00000004" / "adapters.safetensors")
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) for name in before)
-    assert any(before[name].any() for name in before if name.endswith("lora_B"))
+    for part in ("", "shared_expert."):
+        assert any(before[name].any() for name in before if part in name and name.endswith("lora_B"))
     # The rollout engine got those very weights, and the prompts that came next.
     samples = untimed(tmp_path / "samples.jsonl")
     assert {row["step"] for row in samples} == {3, 4}

@@ -26,7 +26,7 @@ WAYS = {
     # Prompts begin a few at a time, so that their samples do not end together and some are cut in the middle.
     "partial_rollout": [
         *(f"rollout.carry_prompts={MORE}", "rollout.max_sequences=10", "rollout.max_batched_tokens=64"),
-        "router_replay.mode=R3",
+        *("router_replay.mode=R3", "rollout_correction.rollout_is_batch_normalize=true"),
     ],
     "one_step_off": [
         *("noise.enabled=true", "noise.stages=2", "lora.in_rollout=merge"),
@@ -99,6 +99,10 @@ def test_carried_samples_are_counted_once_and_grow_no_older_than_they_may(straig
     assert 0 <= sum(drawn) - sum(learned) <= MORE * SIZE * 12
     assert all(step["rollout_correction/ess"] <= 1 + 1e-6 for step in steps)
     assert steps[3]["rollout_correction/ess"] < 1
+    # What the updates divide their weights by is the mean that was taken of them with the old log-probs.
+    for step in steps:
+        mean = step["rollout_correction/is_mean"]
+        assert step["rollout_correction/is_batch_norm_factor"] == pytest.approx(mean, rel=1e-6)
 
 
 def test_every_token_that_a_step_learns_from_goes_where_the_engine_sent_it(straight):

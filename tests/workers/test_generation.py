@@ -10,8 +10,8 @@ from qerl_rl.config.schema import Config, RolloutConfig
 from qerl_rl.rollout.engine import GroupOutput
 from qerl_rl.train.background import BackgroundJob
 from transfer_dock import Jagged, SampleKey
-from workers.actor_hybrid import ActorHybridWorker, ages_of, put_responses
-from workers.batches import group_requests, to_samples
+from workers.actor_hybrid import ActorHybridWorker
+from workers.batches import ages_of, group_requests, put_responses, to_samples
 
 KEYS = [SampleKey(3, group, index) for group in (0, 5) for index in (0, 1)]
 
