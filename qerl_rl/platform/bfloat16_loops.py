@@ -66,6 +66,27 @@ def weighted_swiglu_backward(
     return grad_hidden, grad_probabilities, output
 
 
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """weight * x / sqrt(mean of x^2 + epsilon) over the last dimension (arXiv 1910.07467), x [..., H] bfloat16.
+
+    Args: weight [H]: with bfloat16 what it multiplies is rounded before, as elsewhere in torch; with float32 it isn't.
+        residual: of the shape of x; their sum is normed then, unrounded.
+    Returns: [..., H], and with a residual the sum too, rounded.
+    """
+    width = x.size(-1)
+    rows, rounds = _bits(x.contiguous()).reshape(-1, width), weight.dtype == torch.bfloat16
+    out, scale = torch.empty(x.shape, dtype=x.dtype), weight.detach().float().numpy()
+    if residual is None:
+        _rms_norm(rows, scale, float32(epsilon), rounds, _bits(out).reshape(rows.shape))
+        return out
+    total = torch.empty(x.shape, dtype=x.dtype)
+    others, sums = _bits(residual.contiguous()).reshape(rows.shape), _bits(total).reshape(rows.shape)
+    _add_rms_norm(rows, others, scale, float32(epsilon), rounds, sums, _bits(out).reshape(rows.shape))
+    return out, total
+
+
 def _halves(hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Gate and up [T, 2, I] as bits, and the sigmoid of the gate [T, I] float32."""
     rows, width = hidden.size(0), hidden.size(1) // 2
@@ -153,3 +174,42 @@ def _weighted_swiglu_backward(gradient, halves, sigmoid, probabilities, grad_hal
             slope = sigmoid[row, column] + (float32(1) - sigmoid[row, column]) * (gate * sigmoid[row, column])
             weighted = _float(gradient[row, column]) * probability
             grad_halves[row, 0, column] = uint16(_rounded(slope * (weighted * up)))
+
+
+@njit(nogil=True)
+def _rms_norm(x, weight, epsilon, rounds, out):  # type: ignore[no-untyped-def]
+    exact = np.empty(x.shape[1], float32)
+    for row in range(x.shape[0]):
+        for column in range(exact.size):
+            exact[column] = _float(x[row, column])
+        _norm_row(exact, weight, epsilon, rounds, out[row])
+
+
+@njit(nogil=True)
+def _add_rms_norm(x, residual, weight, epsilon, rounds, total, out):  # type: ignore[no-untyped-def]
+    exact = np.empty(x.shape[1], float32)
+    for row in range(x.shape[0]):
+        for column in range(exact.size):
+            exact[column] = _float(x[row, column]) + _float(residual[row, column])
+        for column in range(exact.size):
+            total[row, column] = uint16(_rounded(exact[column]))
+        _norm_row(exact, weight, epsilon, rounds, out[row])
+
+
+@njit(nogil=True)
+def _norm_row(exact, weight, epsilon, rounds, out):  # type: ignore[no-untyped-def]
+    factor = float32(1) / np.sqrt(_sum_of_squares(exact) / float32(exact.size) + epsilon)
+    if rounds:
+        for column in range(exact.size):
+            out[column] = uint16(_rounded(_float(_rounded(exact[column] * factor)) * weight[column]))
+    else:
+        for column in range(exact.size):
+            out[column] = uint16(_rounded(exact[column] * factor * weight[column]))
+
+
+@njit(nogil=True, fastmath={"reassoc"})
+def _sum_of_squares(numbers):  # type: ignore[no-untyped-def]
+    total = float32(0)
+    for index in range(numbers.size):
+        total += numbers[index] * numbers[index]
+    return total

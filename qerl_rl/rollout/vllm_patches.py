@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from qerl_rl.config.schema import RolloutConfig
 from qerl_rl.rollout.ascend.decode import fuse_small_int4_experts
-from qerl_rl.rollout.cpu_norm import norms_stay_in_cache
+from qerl_rl.rollout.cpu_norm import norms_in_one_pass
 from qerl_rl.rollout.partial_prefill import partial_prompts_draw_from_spare_generators
 from qerl_rl.rollout.patching import existing
 
@@ -334,7 +334,7 @@ PATCHES: dict[str, tuple[Callable[[], None], ...]] = {
         int8_products_keep_their_scales,
         cpu_communicator_gathers_unequal_parts,
         numa_policy_left_alone,
-        norms_stay_in_cache,
+        norms_in_one_pass,
         rotary_of_parts_of_heads,
         partial_prompts_draw_from_spare_generators,
         kernels_are_found_beside_numba,

@@ -89,3 +89,31 @@ def test_rows_do_not_depend_on_the_others() -> None:
         alone = bfloat16_loops.weighted_swiglu_backward(gradient[row], hidden[row], probabilities[row])
         assert all(torch.equal(whole[row], part) for whole, part in zip(together, alone, strict=True))
     assert torch.equal(together[2], bfloat16_loops.weighted_swiglu(hidden, probabilities))
+
+
+@pytest.mark.parametrize("weight_type", [torch.bfloat16, torch.float32])
+@settings(deadline=None, derandomize=True, max_examples=20)
+@given(rows=st.integers(0, 5), heads=st.integers(1, 3), width=st.integers(1, 70), seed=st.integers(0, 99))
+def test_rms_norm_is_the_papers_rounded(weight_type: torch.dtype, rows: int, heads: int, width: int, seed: int) -> None:
+    # Queries come as views of the fused projection.
+    x = _random(rows, 2 * heads * width, seed=seed).bfloat16()[:, : heads * width].unflatten(1, (heads, width))
+    weight, residual = _random(width, seed=seed + 1).to(weight_type), _random(*x.shape, seed=seed + 2).bfloat16()
+
+    def norm(exact: torch.Tensor) -> torch.Tensor:
+        return weight.double() * exact / (exact.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    # The quotient is rounded where the weight is bfloat16, and then the product.
+    error = (HALF_STEP * (2 + HALF_STEP) if weight_type == torch.bfloat16 else HALF_STEP) + FEW
+    alone = bfloat16_loops.rms_norm(x, weight, 1e-6)
+    normed, total = bfloat16_loops.rms_norm(x, weight, 1e-6, residual)
+    assert torch.equal(total, x + residual)
+    for found, exact in ((alone, x.double()), (normed, x.double() + residual.double())):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), norm(exact), rtol=error, atol=1e-35)
+
+
+def test_rms_norm_of_a_token_does_not_depend_on_the_others() -> None:
+    x, weight, residual = _random(9, 96, seed=1).bfloat16(), _random(96, seed=2), _random(9, 96, seed=3).bfloat16()
+    together = bfloat16_loops.rms_norm(x, weight, 1e-6, residual)
+    alone = bfloat16_loops.rms_norm(x[4:5], weight, 1e-6, residual[4:5])
+    assert all(torch.equal(whole[4:5], part) for whole, part in zip(together, alone, strict=True))

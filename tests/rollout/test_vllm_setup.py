@@ -19,7 +19,6 @@ from qerl_rl.config.schema import RolloutConfig
 from qerl_rl.platform.device import DEVICES
 from qerl_rl.rollout import environment as setup
 from qerl_rl.rollout import vllm_patches
-from qerl_rl.rollout.cpu_norm import in_chunks
 from qerl_rl.rollout.environment import configure_environment
 from qerl_rl.rollout.limits import check_expert_sizes
 from qerl_rl.rollout.vllm_engine import end_of_sequence_tokens, sample_seed
@@ -151,23 +150,6 @@ def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> Non
     assert end_of_sequence_tokens(tmp_path) == [2]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
     assert end_of_sequence_tokens(tmp_path) == [5, 7]
-
-
-def test_norms_of_many_tokens_are_those_of_few_at_a_time() -> None:
-    def norm(weight: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None) -> Any:
-        exact = x.float() if residual is None else x.float() + residual.float()
-        normed = (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 1e-6)).to(weight.dtype) * weight
-        return normed.to(x.dtype) if residual is None else (normed.to(x.dtype), exact.to(x.dtype))
-
-    generator, chunked = torch.Generator().manual_seed(0), in_chunks(norm)
-    for tokens, width in ((1, 64), (1025, 64), (700, 512)):
-        # Queries come as views of the fused projection.
-        views = torch.randn(tokens, 2 * width, generator=generator).bfloat16()[:, :width]
-        for x in (views, views.unflatten(1, (4, -1))):
-            weight, residual = torch.randn(x.shape[-1], generator=generator), torch.randn(x.shape).bfloat16()
-            assert torch.equal(chunked(weight, x, None), norm(weight, x, None))
-            for found, expected in zip(chunked(weight, x, residual), norm(weight, x, residual), strict=True):
-                assert torch.equal(found, expected)
 
 
 def test_neighbouring_groups_share_no_sample_seed() -> None:
