@@ -18,6 +18,7 @@ from qerl_rl.config.errors import ConfigError
 from qerl_rl.quant import w8a8
 from qerl_rl.quant.checkpoint import INDEX_NAME, CheckpointReader
 from qerl_rl.quant.quantize import quantize_checkpoint
+from tests.quant.library import linear_modules
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral")
 NEVER_QUANTIZED = ("norm.weight", "embed_tokens.weight", "lm_head.weight", "gate.weight", "bias")
@@ -51,18 +52,10 @@ def test_ignore_list_leaves_exactly_the_modules_without_scales_unquantized(
     config = QuantizationConfig.model_validate(
         json.loads((reader.path / "config.json").read_text())["quantization_config"]
     )
-    linears = torch.nn.Module()
     names = [
         name for name in reader if len(reader.shape(name)) == 2 and not name.endswith(("_scale", "embed_tokens.weight"))
     ]
-    for name in names:
-        module = linears
-        *parents, leaf = name.removesuffix(".weight").split(".")
-        for parent in parents:
-            if not hasattr(module, parent):
-                module.add_module(parent, torch.nn.Module())
-            module = getattr(module, parent)
-        module.add_module(leaf, torch.nn.Linear(1, 1))
+    linears = linear_modules(names)
     matched = {name for name, _ in match_named_modules(linears, config.config_groups["group_0"].targets, config.ignore)}
     assert matched == {name.removesuffix(".weight") for name in names if reader.is_quantized(name)}
 
