@@ -20,7 +20,7 @@ def has_loops(tensor: torch.Tensor) -> bool:
 
 def convert_int8(integers: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """`out` bfloat16 = int8 of the same shape, contiguous both."""
-    _convert_int8(integers.numpy().reshape(-1), _bits(out).reshape(-1))
+    _convert_int8(_array(integers, np.int8).reshape(-1), _bits(out).reshape(-1))
     return out
 
 
@@ -29,13 +29,15 @@ def multiply_int4(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
     [..., groups] bfloat16 of equal parts of a row; contiguous both."""
     groups = scales.numel()
     out = torch.empty(*packed.shape[:-1], 2 * packed.shape[-1], dtype=dtype)
-    _multiply_int4(packed.numpy().reshape(groups, -1), _bits(scales).reshape(-1), _pairs(out).reshape(groups, -1))
+    # Two numbers side by side are written as one integer, the first in its low half.
+    pairs = _bits(out).view(uint32).reshape(groups, -1)
+    _multiply_int4(_array(packed, np.uint8).reshape(groups, -1), _bits(scales).reshape(-1), pairs)
     return out
 
 
 def scale_columns(matrix: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """`out` [T, N] = matrix * scales [N] float32; it is not the matrix (the loop would go number by number)."""
-    _scale_columns(_bits(matrix), scales.detach().numpy(), _bits(out))
+    _scale_columns(_bits(matrix), _array(scales, float32), _bits(out))
     return out
 
 
@@ -43,7 +45,7 @@ def weighted_swiglu(hidden: torch.Tensor, probabilities: torch.Tensor) -> torch.
     """silu(gate) * up * probability [T, I] of hidden [T, 2I] and probabilities [T] float32."""
     halves, sigmoid = _halves(hidden)
     out = hidden.new_empty(sigmoid.shape)
-    _weighted_swiglu(halves, sigmoid, probabilities.detach().numpy(), _bits(out))
+    _weighted_swiglu(halves, sigmoid, _array(probabilities, float32), _bits(out))
     return out
 
 
@@ -58,9 +60,9 @@ def weighted_swiglu_backward(
         _bits(gradient),
         halves,
         sigmoid,
-        probabilities.detach().numpy(),
+        _array(probabilities, float32),
         _bits(grad_hidden).reshape(halves.shape),
-        grad_probabilities.numpy(),
+        _array(grad_probabilities, float32),
         _bits(output),
     )
     return grad_hidden, grad_probabilities, output
@@ -77,7 +79,7 @@ def rms_norm(
     """
     width = x.size(-1)
     rows, rounds = _bits(x.contiguous()).reshape(-1, width), weight.dtype == torch.bfloat16
-    out, scale = torch.empty(x.shape, dtype=x.dtype), weight.detach().float().numpy()
+    out, scale = torch.empty(x.shape, dtype=x.dtype), _array(weight.detach().float(), float32)
     if residual is None:
         _rms_norm(rows, scale, float32(epsilon), rounds, _bits(out).reshape(rows.shape))
         return out
@@ -92,16 +94,32 @@ def _halves(hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     rows, width = hidden.size(0), hidden.size(1) // 2
     # torch's sigmoid is vectorized; numba's exponential is one call a number.
     sigmoid = hidden.detach()[:, :width].float().sigmoid_()
-    return _bits(hidden).reshape(rows, 2, width), sigmoid.numpy()
+    return _bits(hidden).reshape(rows, 2, width), _array(sigmoid, float32)
+
+
+class _Memory:
+    """What numpy takes for an array: a tensor's numbers as `kind`, of the same size. Tensor.numpy() would tie the
+    storage, so that the trainer's weights could not leave memory any more."""
+
+    def __init__(self, tensor: torch.Tensor, kind: type) -> None:
+        # The array keeps this object, and with it the tensor.
+        self._tensor, size = tensor, tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), False),
+            "typestr": np.dtype(kind).str,
+            "shape": tuple(tensor.shape),
+            "strides": tuple(size * stride for stride in tensor.stride()),
+        }
+
+
+def _array(tensor: torch.Tensor, kind: type) -> np.ndarray:
+    # An empty tensor has no address.
+    return np.asarray(_Memory(tensor, kind)) if tensor.numel() else np.empty(tuple(tensor.shape), kind)
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.detach() if tensor.requires_grad else tensor).view(torch.uint16).numpy()
-
-
-def _pairs(tensor: torch.Tensor) -> np.ndarray:
-    """Two numbers side by side as one integer, the first in its low half."""
-    return tensor.view(torch.int32).numpy().view(uint32)
+    return _array(tensor, uint16)
 
 
 @njit(inline="always")

@@ -117,3 +117,11 @@ def test_rms_norm_of_a_token_does_not_depend_on_the_others() -> None:
     together = bfloat16_loops.rms_norm(x, weight, 1e-6, residual)
     alone = bfloat16_loops.rms_norm(x[4:5], weight, 1e-6, residual[4:5])
     assert all(torch.equal(whole[4:5], part) for whole, part in zip(together, alone, strict=True))
+
+
+def test_what_a_loop_has_read_or_written_can_still_leave_memory() -> None:
+    """The trainer empties the storages of its weights; torch refuses that once it has given a numpy array of one."""
+    matrix, scales = _random(4, 8, seed=1).bfloat16(), _random(8, seed=2)
+    out = bfloat16_loops.scale_columns(matrix, scales, torch.empty_like(matrix))
+    for tensor in (matrix, scales, out):
+        assert tensor.untyped_storage().resizable()
