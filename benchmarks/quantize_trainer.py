@@ -3,11 +3,13 @@
 The peer is Megatron-core's own SequentialMLP: the same experts in bfloat16, frozen, without adapters, whose backward
 gives the gradients of tokens and probabilities. Ours gives those too, adds the adapters' part and has their gradients.
 Both take the same 2,048 tokens, four experts a token, in turns, each in its own process; the shapes are those of one
-routing, so that oneDNN has compiled its kernels before anything is timed.
+routing, so that oneDNN has compiled its kernels before anything is timed. In training every step has another routing:
+both are measured so too.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +29,11 @@ HIDDEN, WIDTH, EXPERTS, EXPERTS_PER_TOKEN, TOKENS = 1024, 512, 32, 4, 2048
 LORA = LoraConfig(rank=16)
 FORMATS = {"int8": ("w8a8", 0), "int4, groups of 128": ("w4a16", 128)}
 SHARED = "int8 in the engine's memory"
-BAR = 1.25
+CHANGING = "another routing every step"
+BAR, BAR_CHANGING = 1.25, 1.0
+POPULARITY = 0.5
+"""Standard deviation of what is added to an expert's scores, which have 1: half as many tokens as the mean expert gets,
+or twice as many, are usual then."""
 TURNS, CALLS = 9, 4
 THREADS = 2
 
@@ -36,6 +42,9 @@ def measure(turns: int = TURNS) -> list[Figure]:
     """Ratios of times, medians of `turns`; prints the times."""
     contenders = {"peer": partial(_contender, None), **{name: partial(_contender, f) for name, f in FORMATS.items()}}
     contenders[SHARED] = partial(_contender, FORMATS["int8"], shared=True)
+    changing = {name: f"{name}, {CHANGING}" for name in ("peer", "int8")}
+    contenders[changing["peer"]] = partial(_contender, None, changing=True)
+    contenders[changing["int8"]] = partial(_contender, FORMATS["int8"], changing=True)
     median = median_seconds(contenders, turns=turns, calls=CALLS)
     print("  " + ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in median.items()))
     return [
@@ -43,13 +52,21 @@ def measure(turns: int = TURNS) -> list[Figure]:
             f"experts with LoRA over frozen bfloat16 ones, {name}", median[name] / median["peer"], BAR, at_least=False
         )
         for name in FORMATS
-    ] + [Figure(f"experts that read {SHARED} over their own", median[SHARED] / median["int8"], None, at_least=False)]
+    ] + [
+        Figure(
+            f"the same, {changing['int8']}",
+            median[changing["int8"]] / median[changing["peer"]],
+            BAR_CHANGING,
+            at_least=False,
+        ),
+        Figure(f"experts that read {SHARED} over their own", median[SHARED] / median["int8"], None, at_least=False),
+    ]
 
 
-def _contender(format: tuple[str, int] | None, *, shared: bool = False) -> Callable[[], None]:
+def _contender(format: tuple[str, int] | None, *, shared: bool = False, changing: bool = False) -> Callable[[], None]:
     """A step of the experts in this format (None: of the peer's), in a process of its own.
 
-    shared: they read their int8 in the order of the rollout engine's kernel.
+    shared: they read their int8 in the order of the rollout engine's kernel. changing: each step has its own routing.
     """
     torch.set_num_threads(THREADS)
     _one_rank()
@@ -57,7 +74,9 @@ def _contender(format: tuple[str, int] | None, *, shared: bool = False) -> Calla
     module = _ours(weights, *format) if format else _peer(weights)
     if shared:
         _share(module)
-    return lambda: _step(module, *batch)
+    tokens, probabilities, gradient = batch
+    seeds = itertools.count(1) if changing else itertools.repeat(0)
+    return lambda: _step(module, tokens, _routing(next(seeds)), probabilities, gradient)
 
 
 def _share(module: Any) -> None:
@@ -143,12 +162,21 @@ def _ours(weights: dict[str, torch.Tensor], name: str, group_size: int) -> torch
 
 
 def _batch() -> tuple[torch.Tensor, ...]:
-    """Tokens sorted by expert, tokens of each expert, probabilities, and the gradient of the outputs."""
+    """Tokens sorted by expert, probabilities, and the gradient of the outputs."""
     generator = torch.Generator().manual_seed(2)
-    chosen = torch.randn(TOKENS, EXPERTS, generator=generator).topk(EXPERTS_PER_TOKEN).indices
     rows = TOKENS * EXPERTS_PER_TOKEN
     tokens, gradient = (torch.randn(rows, HIDDEN, generator=generator).bfloat16() for _ in range(2))
-    return tokens, chosen.flatten().bincount(minlength=EXPERTS), torch.rand(rows, generator=generator), gradient
+    return tokens, torch.rand(rows, generator=generator), gradient
+
+
+def _routing(seed: int) -> torch.Tensor:
+    """Tokens of each expert: with seed 0 they are as good as balanced, else some are chosen more often than others."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(TOKENS, EXPERTS, generator=generator)
+    if seed:
+        scores += POPULARITY * torch.randn(EXPERTS, generator=generator)
+    chosen = scores.topk(EXPERTS_PER_TOKEN).indices
+    return chosen.flatten().bincount(minlength=EXPERTS)
 
 
 def _step(

@@ -43,9 +43,9 @@ def scale_columns(matrix: torch.Tensor, scales: torch.Tensor, out: torch.Tensor)
 
 def weighted_swiglu(hidden: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up * probability [T, I] of hidden [T, 2I] and probabilities [T] float32."""
-    halves, sigmoid = _halves(hidden)
-    out = hidden.new_empty(sigmoid.shape)
-    _weighted_swiglu(halves, sigmoid, _array(probabilities, float32), _bits(out))
+    halves = _halves(hidden)
+    out = hidden.new_empty(halves.shape[0], halves.shape[2])
+    _weighted_swiglu(halves, _array(probabilities, float32), _bits(out))
     return out
 
 
@@ -53,13 +53,11 @@ def weighted_swiglu_backward(
     gradient: torch.Tensor, hidden: torch.Tensor, probabilities: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of hidden [T, 2I] and probabilities [T] float32 from that of the output [T, I], and the output."""
-    halves, sigmoid = _halves(hidden)
-    grad_hidden, output = torch.empty_like(hidden), hidden.new_empty(sigmoid.shape)
+    halves, grad_hidden, output = _halves(hidden), torch.empty_like(hidden), torch.empty_like(gradient)
     grad_probabilities = torch.empty_like(probabilities, requires_grad=False)
     _weighted_swiglu_backward(
         _bits(gradient),
         halves,
-        sigmoid,
         _array(probabilities, float32),
         _bits(grad_hidden).reshape(halves.shape),
         _array(grad_probabilities, float32),
@@ -89,12 +87,9 @@ def rms_norm(
     return out, total
 
 
-def _halves(hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Gate and up [T, 2, I] as bits, and the sigmoid of the gate [T, I] float32."""
-    rows, width = hidden.size(0), hidden.size(1) // 2
-    # torch's sigmoid is vectorized; numba's exponential is one call a number.
-    sigmoid = hidden.detach()[:, :width].float().sigmoid_()
-    return _bits(hidden).reshape(rows, 2, width), _array(sigmoid, float32)
+def _halves(hidden: torch.Tensor) -> np.ndarray:
+    """Gate and up [T, 2, I] as bits."""
+    return _bits(hidden).reshape(hidden.size(0), 2, hidden.size(1) // 2)
 
 
 class _Memory:
@@ -161,35 +156,64 @@ def _scale_columns(matrix, scales, out):  # type: ignore[no-untyped-def]
             out[row, column] = uint16(_rounded(_float(matrix[row, column]) * scales[column]))
 
 
+@njit(inline="always")
+def _exponential(number):  # type: ignore[no-untyped-def]
+    """e^x of float32 by Cephes' expf: 2^n e^r with |r| <= log(2) / 2, whose polynomial is good to a bit or two.
+
+    numba's own is a call a number, which no loop around it can be vectorized over.
+    """
+    number = min(max(number, float32(-87)), float32(87))
+    power = np.floor(number * float32(1.44269504088896341) + float32(0.5))
+    # log(2) in two parts, the first of which has so few bits that its product is exact.
+    rest = number - power * float32(0.693359375) + power * float32(2.12194440e-4)
+    value = float32(1.9875691500e-4)
+    value = value * rest + float32(1.3981999507e-3)
+    value = value * rest + float32(8.3334519073e-3)
+    value = value * rest + float32(4.1665795894e-2)
+    value = value * rest + float32(1.6666665459e-1)
+    value = value * rest + float32(5.0000001201e-1)
+    value = value * rest * rest + rest + float32(1)
+    return value * uint32(uint32(int32(power) + int32(127)) << uint32(23)).view(float32)
+
+
+@njit(nogil=True, error_model="numpy")
+def _sigmoids(gates, out):  # type: ignore[no-untyped-def]
+    for column in range(out.size):
+        out[column] = float32(1) / (float32(1) + _exponential(-_float(gates[column])))
+
+
 @njit(nogil=True)
-def _weighted_swiglu(halves, sigmoid, probabilities, out):  # type: ignore[no-untyped-def]
-    for row in range(sigmoid.shape[0]):
+def _weighted_swiglu(halves, probabilities, out):  # type: ignore[no-untyped-def]
+    sigmoid = np.empty(out.shape[1], float32)
+    for row in range(out.shape[0]):
         probability = probabilities[row]
-        for column in range(sigmoid.shape[1]):
-            activated = _float(halves[row, 0, column]) * sigmoid[row, column]
+        _sigmoids(halves[row, 0], sigmoid)
+        for column in range(sigmoid.size):
+            activated = _float(halves[row, 0, column]) * sigmoid[column]
             out[row, column] = uint16(_rounded(activated * _float(halves[row, 1, column]) * probability))
 
 
 # Only the order of the sum is LLVM's choice, always the same one for rows of a length.
 @njit(nogil=True, fastmath={"reassoc"})
-def _weighted_swiglu_backward(gradient, halves, sigmoid, probabilities, grad_halves, grad_probabilities, out):  # type: ignore[no-untyped-def]
-    columns = sigmoid.shape[1]
-    for row in range(sigmoid.shape[0]):
+def _weighted_swiglu_backward(gradient, halves, probabilities, grad_halves, grad_probabilities, out):  # type: ignore[no-untyped-def]
+    sigmoid = np.empty(out.shape[1], float32)
+    for row in range(out.shape[0]):
         probability, total = probabilities[row], float32(0)
-        for column in range(columns):
-            activated = _float(halves[row, 0, column]) * sigmoid[row, column]
+        _sigmoids(halves[row, 0], sigmoid)
+        for column in range(sigmoid.size):
+            activated = _float(halves[row, 0, column]) * sigmoid[column]
             total += _float(gradient[row, column]) * activated * _float(halves[row, 1, column])
         grad_probabilities[row] = total
-        for column in range(columns):
-            activated = _float(halves[row, 0, column]) * sigmoid[row, column]
+        for column in range(sigmoid.size):
+            activated = _float(halves[row, 0, column]) * sigmoid[column]
             out[row, column] = uint16(_rounded(activated * _float(halves[row, 1, column]) * probability))
-        for column in range(columns):
-            activated = _float(halves[row, 0, column]) * sigmoid[row, column]
+        for column in range(sigmoid.size):
+            activated = _float(halves[row, 0, column]) * sigmoid[column]
             grad_halves[row, 1, column] = uint16(_rounded(_float(gradient[row, column]) * probability * activated))
-        for column in range(columns):
+        for column in range(sigmoid.size):
             gate, up = _float(halves[row, 0, column]), _float(halves[row, 1, column])
             # d silu(g) / dg = sigmoid(g) + silu(g) * (1 - sigmoid(g))
-            slope = sigmoid[row, column] + (float32(1) - sigmoid[row, column]) * (gate * sigmoid[row, column])
+            slope = sigmoid[column] + (float32(1) - sigmoid[column]) * (gate * sigmoid[column])
             weighted = _float(gradient[row, column]) * probability
             grad_halves[row, 0, column] = uint16(_rounded(slope * (weighted * up)))
 

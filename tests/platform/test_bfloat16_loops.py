@@ -73,7 +73,8 @@ def test_swiglu_and_its_gradients_are_those_of_float32_rounded_once(
     for found, expected in ((output, oracle), (hidden.grad, exact.grad)):
         assert found is not None
         assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found.double(), expected, rtol=HALF_STEP + FEW, atol=1e-35)
+        # From e^-87 on, sigmoids are that small and no smaller.
+        torch.testing.assert_close(found.double(), expected, rtol=HALF_STEP + FEW, atol=1e-33)
     # A sum whose parts may cancel: its error follows their size.
     size = (gradient.double() * oracle.detach() / weights.detach()[:, None]).abs().sum(-1)
     assert probabilities.grad is not None
