@@ -7,6 +7,9 @@ which LLVM does not vectorize it; each holds no lock of Python's, so that thread
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from numba import njit
@@ -117,6 +120,19 @@ def _bits(tensor: torch.Tensor) -> np.ndarray:
     return _array(tensor, uint16)
 
 
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba's decorator; what it compiles is kept beside this file, or in the user's cache, for the next process."""
+
+    def decorate(loop: Callable[..., Any]) -> Any:
+        try:
+            return njit(nogil=True, cache=True, **options)(loop)
+        except RuntimeError:
+            # There is no folder to write to.
+            return njit(nogil=True, **options)(loop)
+
+    return decorate
+
+
 @njit(inline="always")
 def _float(bits):  # type: ignore[no-untyped-def]
     return uint32(uint32(bits) << uint32(16)).view(float32)
@@ -130,14 +146,14 @@ def _rounded(number):  # type: ignore[no-untyped-def]
     return uint32(uint32(bits + uint32(0x7FFF) + uint32(uint32(bits >> uint32(16)) & uint32(1))) >> uint32(16))
 
 
-@njit(nogil=True)
+@_compiled()
 def _convert_int8(integers, out):  # type: ignore[no-untyped-def]
     for index in range(integers.size):
         # Eight bits fit into the nine of a bfloat16's mantissa and sign.
         out[index] = uint16(float32(integers[index]).view(uint32) >> uint32(16))
 
 
-@njit(nogil=True)
+@_compiled()
 def _multiply_int4(packed, scales, out):  # type: ignore[no-untyped-def]
     for group in range(packed.shape[0]):
         scale = _float(scales[group])
@@ -149,7 +165,7 @@ def _multiply_int4(packed, scales, out):  # type: ignore[no-untyped-def]
             out[group, index] = uint32(_rounded(low) | uint32(_rounded(high) << uint32(16)))
 
 
-@njit(nogil=True)
+@_compiled()
 def _scale_columns(matrix, scales, out):  # type: ignore[no-untyped-def]
     for row in range(matrix.shape[0]):
         for column in range(matrix.shape[1]):
@@ -176,13 +192,13 @@ def _exponential(number):  # type: ignore[no-untyped-def]
     return value * uint32(uint32(int32(power) + int32(127)) << uint32(23)).view(float32)
 
 
-@njit(nogil=True, error_model="numpy")
+@_compiled(error_model="numpy")
 def _sigmoids(gates, out):  # type: ignore[no-untyped-def]
     for column in range(out.size):
         out[column] = float32(1) / (float32(1) + _exponential(-_float(gates[column])))
 
 
-@njit(nogil=True)
+@_compiled()
 def _weighted_swiglu(halves, probabilities, out):  # type: ignore[no-untyped-def]
     sigmoid = np.empty(out.shape[1], float32)
     for row in range(out.shape[0]):
@@ -194,7 +210,7 @@ def _weighted_swiglu(halves, probabilities, out):  # type: ignore[no-untyped-def
 
 
 # Only the order of the sum is LLVM's choice, always the same one for rows of a length.
-@njit(nogil=True, fastmath={"reassoc"})
+@_compiled(fastmath={"reassoc"})
 def _weighted_swiglu_backward(gradient, halves, probabilities, grad_halves, grad_probabilities, out):  # type: ignore[no-untyped-def]
     sigmoid = np.empty(out.shape[1], float32)
     for row in range(out.shape[0]):
@@ -218,7 +234,7 @@ def _weighted_swiglu_backward(gradient, halves, probabilities, grad_halves, grad
             grad_halves[row, 0, column] = uint16(_rounded(slope * (weighted * up)))
 
 
-@njit(nogil=True)
+@_compiled()
 def _rms_norm(x, weight, epsilon, rounds, out):  # type: ignore[no-untyped-def]
     exact = np.empty(x.shape[1], float32)
     for row in range(x.shape[0]):
@@ -227,7 +243,7 @@ def _rms_norm(x, weight, epsilon, rounds, out):  # type: ignore[no-untyped-def]
         _norm_row(exact, weight, epsilon, rounds, out[row])
 
 
-@njit(nogil=True)
+@_compiled()
 def _add_rms_norm(x, residual, weight, epsilon, rounds, total, out):  # type: ignore[no-untyped-def]
     exact = np.empty(x.shape[1], float32)
     for row in range(x.shape[0]):
@@ -238,7 +254,7 @@ def _add_rms_norm(x, residual, weight, epsilon, rounds, total, out):  # type: ig
         _norm_row(exact, weight, epsilon, rounds, out[row])
 
 
-@njit(nogil=True)
+@_compiled()
 def _norm_row(exact, weight, epsilon, rounds, out):  # type: ignore[no-untyped-def]
     factor = float32(1) / np.sqrt(_sum_of_squares(exact) / float32(exact.size) + epsilon)
     if rounds:
@@ -249,7 +265,7 @@ def _norm_row(exact, weight, epsilon, rounds, out):  # type: ignore[no-untyped-d
             out[column] = uint16(_rounded(exact[column] * factor * weight[column]))
 
 
-@njit(nogil=True, fastmath={"reassoc"})
+@_compiled(fastmath={"reassoc"})
 def _sum_of_squares(numbers):  # type: ignore[no-untyped-def]
     total = float32(0)
     for index in range(numbers.size):
