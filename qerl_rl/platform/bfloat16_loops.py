@@ -27,11 +27,11 @@ def convert_int8(integers: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def multiply_int4(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def multiply_int4(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """bfloat16 [..., K] from nibbles plus 8, uint8 [..., K / 2] (the first of a pair in the low half), and the scales
     [..., groups] bfloat16 of equal parts of a row; contiguous both."""
     groups = scales.numel()
-    out = torch.empty(*packed.shape[:-1], 2 * packed.shape[-1], dtype=dtype)
+    out = torch.empty(*packed.shape[:-1], 2 * packed.shape[-1], dtype=torch.bfloat16)
     # Two numbers side by side are written as one integer, the first in its low half.
     pairs = _bits(out).view(uint32).reshape(groups, -1)
     _multiply_int4(_array(packed, np.uint8).reshape(groups, -1), _bits(scales).reshape(-1), pairs)
@@ -56,8 +56,8 @@ def weighted_swiglu_backward(
     gradient: torch.Tensor, hidden: torch.Tensor, probabilities: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of hidden [T, 2I] and probabilities [T] float32 from that of the output [T, I], and the output."""
-    halves, grad_hidden, output = _halves(hidden), torch.empty_like(hidden), torch.empty_like(gradient)
-    grad_probabilities = torch.empty_like(probabilities, requires_grad=False)
+    halves, grad_hidden, output = _halves(hidden), hidden.new_empty(hidden.shape), hidden.new_empty(gradient.shape)
+    grad_probabilities = probabilities.new_empty(probabilities.shape)
     _weighted_swiglu_backward(
         _bits(gradient),
         halves,
@@ -112,6 +112,8 @@ class _Memory:
 
 
 def _array(tensor: torch.Tensor, kind: type) -> np.ndarray:
+    if tensor.element_size() != np.dtype(kind).itemsize:
+        raise TypeError(f"numbers of {tensor.dtype} are not as long as those of {np.dtype(kind)}")
     # An empty tensor has no address.
     return np.asarray(_Memory(tensor, kind)) if tensor.numel() else np.empty(tuple(tensor.shape), kind)
 
@@ -134,12 +136,12 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 @njit(inline="always")
-def _float(bits):  # type: ignore[no-untyped-def]
+def _float(bits):
     return uint32(uint32(bits) << uint32(16)).view(float32)
 
 
 @njit(inline="always")
-def _rounded(number):  # type: ignore[no-untyped-def]
+def _rounded(number):
     """The bits of the nearest bfloat16, in a uint32; of two as near, of the even one. No NaN that arithmetic makes has
     so many bits set that adding to them overflows."""
     bits = float32(number).view(uint32)
@@ -147,14 +149,14 @@ def _rounded(number):  # type: ignore[no-untyped-def]
 
 
 @_compiled()
-def _convert_int8(integers, out):  # type: ignore[no-untyped-def]
+def _convert_int8(integers, out):
     for index in range(integers.size):
         # Eight bits fit into the nine of a bfloat16's mantissa and sign.
         out[index] = uint16(float32(integers[index]).view(uint32) >> uint32(16))
 
 
 @_compiled()
-def _multiply_int4(packed, scales, out):  # type: ignore[no-untyped-def]
+def _multiply_int4(packed, scales, out):
     for group in range(packed.shape[0]):
         scale = _float(scales[group])
         for index in range(packed.shape[1]):
@@ -166,14 +168,14 @@ def _multiply_int4(packed, scales, out):  # type: ignore[no-untyped-def]
 
 
 @_compiled()
-def _scale_columns(matrix, scales, out):  # type: ignore[no-untyped-def]
+def _scale_columns(matrix, scales, out):
     for row in range(matrix.shape[0]):
         for column in range(matrix.shape[1]):
             out[row, column] = uint16(_rounded(_float(matrix[row, column]) * scales[column]))
 
 
 @njit(inline="always")
-def _exponential(number):  # type: ignore[no-untyped-def]
+def _exponential(number):
     """e^x of float32 by Cephes' expf: 2^n e^r with |r| <= log(2) / 2, whose polynomial is good to a bit or two.
 
     numba's own is a call a number, which no loop around it can be vectorized over.
@@ -193,13 +195,13 @@ def _exponential(number):  # type: ignore[no-untyped-def]
 
 
 @_compiled(error_model="numpy")
-def _sigmoids(gates, out):  # type: ignore[no-untyped-def]
+def _sigmoids(gates, out):
     for column in range(out.size):
         out[column] = float32(1) / (float32(1) + _exponential(-_float(gates[column])))
 
 
 @_compiled()
-def _weighted_swiglu(halves, probabilities, out):  # type: ignore[no-untyped-def]
+def _weighted_swiglu(halves, probabilities, out):
     sigmoid = np.empty(out.shape[1], float32)
     for row in range(out.shape[0]):
         probability = probabilities[row]
@@ -211,7 +213,7 @@ def _weighted_swiglu(halves, probabilities, out):  # type: ignore[no-untyped-def
 
 # Only the order of the sum is LLVM's choice, always the same one for rows of a length.
 @_compiled(fastmath={"reassoc"})
-def _weighted_swiglu_backward(gradient, halves, probabilities, grad_halves, grad_probabilities, out):  # type: ignore[no-untyped-def]
+def _weighted_swiglu_backward(gradient, halves, probabilities, grad_halves, grad_probabilities, out):
     sigmoid = np.empty(out.shape[1], float32)
     for row in range(out.shape[0]):
         probability, total = probabilities[row], float32(0)
@@ -235,7 +237,7 @@ def _weighted_swiglu_backward(gradient, halves, probabilities, grad_halves, grad
 
 
 @_compiled()
-def _rms_norm(x, weight, epsilon, rounds, out):  # type: ignore[no-untyped-def]
+def _rms_norm(x, weight, epsilon, rounds, out):
     exact = np.empty(x.shape[1], float32)
     for row in range(x.shape[0]):
         for column in range(exact.size):
@@ -244,7 +246,7 @@ def _rms_norm(x, weight, epsilon, rounds, out):  # type: ignore[no-untyped-def]
 
 
 @_compiled()
-def _add_rms_norm(x, residual, weight, epsilon, rounds, total, out):  # type: ignore[no-untyped-def]
+def _add_rms_norm(x, residual, weight, epsilon, rounds, total, out):
     exact = np.empty(x.shape[1], float32)
     for row in range(x.shape[0]):
         for column in range(exact.size):
@@ -255,7 +257,7 @@ def _add_rms_norm(x, residual, weight, epsilon, rounds, total, out):  # type: ig
 
 
 @_compiled()
-def _norm_row(exact, weight, epsilon, rounds, out):  # type: ignore[no-untyped-def]
+def _norm_row(exact, weight, epsilon, rounds, out):
     factor = float32(1) / np.sqrt(_sum_of_squares(exact) / float32(exact.size) + epsilon)
     if rounds:
         for column in range(exact.size):
@@ -266,7 +268,7 @@ def _norm_row(exact, weight, epsilon, rounds, out):  # type: ignore[no-untyped-d
 
 
 @_compiled(fastmath={"reassoc"})
-def _sum_of_squares(numbers):  # type: ignore[no-untyped-def]
+def _sum_of_squares(numbers):
     total = float32(0)
     for index in range(numbers.size):
         total += numbers[index] * numbers[index]

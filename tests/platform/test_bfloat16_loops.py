@@ -126,3 +126,21 @@ def test_what_a_loop_has_read_or_written_can_still_leave_memory() -> None:
     out = bfloat16_loops.scale_columns(matrix, scales, torch.empty_like(matrix))
     for tensor in (matrix, scales, out):
         assert tensor.untyped_storage().resizable()
+
+
+def test_views_of_any_strides_give_what_their_copies_give() -> None:
+    hidden, gradient = _random(32, 6, seed=1).bfloat16().t(), torch.ones((), dtype=torch.bfloat16).expand(6, 16)
+    probabilities = _random(12, seed=2).sigmoid()[::2]
+    found = bfloat16_loops.weighted_swiglu_backward(gradient, hidden, probabilities)
+    copies = (tensor.contiguous() for tensor in (gradient, hidden, probabilities))
+    expected = bfloat16_loops.weighted_swiglu_backward(*copies)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[2], expected[2])
+    # Sums in float32, in another order.
+    torch.testing.assert_close(found[1], expected[1])
+
+
+def test_numbers_of_another_length_are_refused() -> None:
+    matrix = _random(4, 8, seed=1).bfloat16()
+    with pytest.raises(TypeError, match=r"torch\.float64 are not as long as those of float32"):
+        bfloat16_loops.scale_columns(matrix, _random(8, seed=2).double(), torch.empty_like(matrix))

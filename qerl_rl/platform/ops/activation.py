@@ -48,6 +48,7 @@ def weighted_swiglu_backward(
         grad_probabilities = (gradient.to(probabilities.dtype) * activated).sum(-1)
         return grad_hidden, grad_probabilities, (activated * weights).to(hidden.dtype)
     if bfloat16_loops.has_loops(hidden):
+        gradient = gradient.to(hidden.dtype)
         grad_hidden, exact, output = bfloat16_loops.weighted_swiglu_backward(gradient, hidden, probabilities.float())
         return grad_hidden, exact.to(probabilities.dtype), output
     gate, up = (_exact(part) for part in hidden.chunk(2, -1))
