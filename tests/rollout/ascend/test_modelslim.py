@@ -88,7 +88,7 @@ def ascend(described: dict[str, Any]) -> Iterator[Ascend]:
     with wheel.wheel(*wheel.MODULES, CONFIG, given=given) as load:
         for scheme in ("w8a8_dynamic", "w4a16", "w4a8"):
             load(f"{wheel.METHODS}.{scheme}")
-        load(wheel.METHODS).get_scheme_class = load(f"{wheel.METHODS}.registry").get_scheme_class  # type: ignore[attr-defined]
+        load(wheel.METHODS).get_scheme_class = load(f"{wheel.METHODS}.registry").get_scheme_class
         yield Ascend(load, described)
 
 
