@@ -1,12 +1,13 @@
-"""Expert layers with an adapter inside each expert: int8 products expert by expert instead of the fused kernel.
+"""Expert layers with an adapter inside each expert: on AMX tiles, elsewhere with int8 products expert by expert.
 
-The fused CPU kernel goes from tokens to the weighted sum in one call, and an adapter has to act in its middle (before
-SwiGLU). Here the tokens are grouped by expert and each group passes the same packed int8 weights, so the weights are
-stored once whichever path runs.
+vLLM's fused CPU kernel goes from tokens to the weighted sum in one call, and an adapter has to act in its middle
+(before SwiGLU). Here the tokens are grouped by expert and each group passes the same packed int8 weights, so the
+weights are stored once whichever path runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +15,11 @@ from torch.nn.functional import silu
 
 from qerl_rl.rollout.ascend.experts import ADAPTED_SCHEME, adapt_experts
 from qerl_rl.rollout.ascend.rewrite import is_ascend, scheme_name
-
-TOKENS_PER_PASS = 1024
-"""Bounds the memory of a prefill: a pass holds top_k * (hidden + 2 * intermediate) float32 numbers a token."""
+from qerl_rl.rollout.int8_experts import TOKENS_PER_PASS, Int8Experts, has_tiles_for, local_experts
 
 
 class ExpertsWithAdapters:
-    """The expert computation of one layer on one rank.
+    """The expert computation of one layer on one rank, with vLLM's products.
 
     weights: gate_up int8 [experts, 2 * intermediate, hidden + 4] and down int8 [experts, hidden, intermediate + 4], as
     torch.ops._C.convert_weight_packed packs them; scales: float32 [experts, rows, 1] of both. Adapters: float32, the
@@ -42,15 +41,25 @@ class ExpertsWithAdapters:
         self.down = _per_expert(weights[1], scales[1], down_a, down_b)
         self.intermediate, self.hidden = gate_up_b.shape[1] // 2, gate_up_a.shape[2]
 
+    def pack_adapters(self) -> None:
+        """Adapters have changed, which are read where they are."""
+
     def __call__(
-        self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, local_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """Weighted sum over each token's experts.
+        self, output: torch.Tensor, hidden_states: torch.Tensor, topk_weights: torch.Tensor, local_ids: torch.Tensor
+    ) -> None:
+        """output bfloat16 [tokens, hidden] = the weighted sum over each token's experts.
 
         Args: hidden_states bfloat16 [tokens, hidden]; topk_weights float32 [tokens, k]; local_ids int [tokens, k], the
         number of the expert on this rank or -1 for one that is elsewhere.
-        Returns: float32 [tokens, hidden].
         """
+        # A pass holds top_k * (hidden + 2 * intermediate) float32 numbers a token.
+        inputs = (output, hidden_states, topk_weights, local_ids.long())
+        for result, *some in zip(*(tensor.split(TOKENS_PER_PASS) for tensor in inputs), strict=True):
+            result.copy_(self._compute(*some))
+
+    def _compute(
+        self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, local_ids: torch.Tensor
+    ) -> torch.Tensor:
         tokens, top_k = local_ids.shape
         ids = local_ids.flatten()
         counts = torch.bincount(ids + 1, minlength=self.experts + 1).tolist()
@@ -109,27 +118,26 @@ def expert_kernel(layer: Any) -> str:
 
 def attach_expert_path(
     layer: Any, gate_up_a: torch.Tensor, gate_up_b: torch.Tensor, down_a: torch.Tensor, down_b: torch.Tensor
-) -> None:
+) -> Callable[[], None]:
     """Make vLLM's expert layer compute with these adapters, on the int8 weights that it holds.
 
-    Raises: RuntimeError when the layer's weights are not those of an int8 kernel.
+    Returns: what to call when the adapters have been written. Raises: RuntimeError when the layer's weights are not
+    those of an int8 kernel.
     """
     if is_ascend(layer):
         adapt_experts(layer, gate_up_a, gate_up_b, down_a, down_b)
-        return
+        return lambda: None
     if expert_kernel(layer) != ADAPTED_KERNEL:
         raise RuntimeError(
             f"expert adapters need int8 (W8A8) experts; this engine computes with {expert_kernel(layer)}"
         )
     kernel = layer.quant_method.moe_kernel.fused_experts
-    experts = ExpertsWithAdapters(
-        (layer.w13_weight, layer.w2_weight),
-        (layer.w13_weight_scale, layer.w2_weight_scale),
-        gate_up_a,
-        gate_up_b,
-        down_a,
-        down_b,
-    )
+    weights, scales = (layer.w13_weight, layer.w2_weight), (layer.w13_weight_scale, layer.w2_weight_scale)
+    experts: ExpertsWithAdapters | Int8Experts
+    if has_tiles_for(gate_up_a.shape[2], down_a.shape[2]):
+        experts = Int8Experts(weights, scales, ((gate_up_a, gate_up_b), (down_a, down_b)))
+    else:
+        experts = ExpertsWithAdapters(weights, scales, gate_up_a, gate_up_b, down_a, down_b)
 
     def apply(
         output: torch.Tensor,
@@ -144,9 +152,7 @@ def attach_expert_path(
         *unused: Any,
         **unused_options: Any,
     ) -> None:
-        local_ids = topk_ids.long() if expert_map is None else expert_map[topk_ids.long()].long()
-        passes = (tensor.split(TOKENS_PER_PASS) for tensor in (output, hidden_states, topk_weights, local_ids))
-        for result, *inputs in zip(*passes, strict=True):
-            result.copy_(experts(*inputs))
+        experts(output, hidden_states, topk_weights, local_experts(topk_ids, expert_map))
 
     kernel.apply = apply
+    return experts.pack_adapters

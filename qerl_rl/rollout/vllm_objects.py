@@ -121,6 +121,7 @@ ON_CPU = (
     "cpu_norm.py",
     "partial_prefill.py",
     "expert_path.py",
+    "int8_experts.py",
     "routing.py:record_on_cpu",
     "routing.py:SlotRecords",
 )

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from qerl_rl.config.schema import RolloutConfig
 from qerl_rl.rollout.ascend.decode import fuse_small_int4_experts
 from qerl_rl.rollout.cpu_norm import norms_in_one_pass
+from qerl_rl.rollout.int8_experts import experts_on_tiles
 from qerl_rl.rollout.partial_prefill import partial_prompts_draw_from_spare_generators
 from qerl_rl.rollout.patching import existing
 
@@ -335,6 +336,7 @@ PATCHES: dict[str, tuple[Callable[[], None], ...]] = {
         cpu_communicator_gathers_unequal_parts,
         numa_policy_left_alone,
         norms_in_one_pass,
+        experts_on_tiles,
         rotary_of_parts_of_heads,
         partial_prompts_draw_from_spare_generators,
         kernels_are_found_beside_numba,

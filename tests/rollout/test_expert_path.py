@@ -1,4 +1,5 @@
-"""One expert layer with adapters against plain matrices, and against the fused int8 kernel where there are none."""
+"""One expert layer with adapters against plain matrices, and against the fused int8 kernel where there are none: with
+vLLM's products, and on AMX tiles where the processor has them."""
 
 from __future__ import annotations
 
@@ -11,7 +12,11 @@ from torch.nn.functional import silu
 from qerl_rl.quant.w8a8 import dequantize, quantize
 from tests.ranks import run_engines
 
-EXPERTS, TOP_K, HIDDEN, WIDTH, RANK = 8, 2, 128, 96, 8
+EXPERTS, TOP_K, HIDDEN = 8, 2, 128
+WIDTHS = {"products": 96, "tiles": 192}
+"""Tiles of int8 have 64 columns."""
+RANKS = {"products": 8, "tiles": 40}
+WAYS = ("products", "tiles") if torch.cpu._is_amx_tile_supported() else ("products",)
 TOKENS = (1, 3, 40, 2500)
 
 
@@ -22,19 +27,20 @@ def _relative(value: torch.Tensor, reference: torch.Tensor) -> float:
 class _Layer:
     """Random expert weights, and three ways to compute with them."""
 
-    def __init__(self, deviation: float) -> None:
+    def __init__(self, way: str, deviation: float) -> None:
+        self.way, width, rank = way, WIDTHS[way], RANKS[way]
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int, scale: float) -> torch.Tensor:
             return scale * torch.randn(shape, generator=generator)
 
-        self.gate_up, self.gate_up_scale = quantize(normal(EXPERTS, 2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5))
-        self.down, self.down_scale = quantize(normal(EXPERTS, HIDDEN, WIDTH, scale=WIDTH**-0.5))
+        self.gate_up, self.gate_up_scale = quantize(normal(EXPERTS, 2 * width, HIDDEN, scale=HIDDEN**-0.5))
+        self.down, self.down_scale = quantize(normal(EXPERTS, HIDDEN, width, scale=width**-0.5))
         self.adapters = (
-            normal(EXPERTS, RANK, HIDDEN, scale=deviation),
-            normal(EXPERTS, 2 * WIDTH, RANK, scale=deviation),
-            normal(EXPERTS, RANK, WIDTH, scale=deviation),
-            normal(EXPERTS, HIDDEN, RANK, scale=deviation),
+            normal(EXPERTS, rank, HIDDEN, scale=deviation),
+            normal(EXPERTS, 2 * width, rank, scale=deviation),
+            normal(EXPERTS, rank, width, scale=deviation),
+            normal(EXPERTS, HIDDEN, rank, scale=deviation),
         )
         self.generator = generator
 
@@ -71,12 +77,24 @@ class _Layer:
         ops.fused_experts_cpu(output, hidden, *self.packed(), weights, ids.int(), method, *scales, *nothing, True)
         return output
 
-    def path(self, experts: slice = slice(None)) -> Any:
+    def path(self, experts: slice = slice(None), adapted: bool = True) -> Any:
         from qerl_rl.rollout.expert_path import ExpertsWithAdapters
+        from qerl_rl.rollout.int8_experts import Int8Experts, has_tiles_for
 
         weights = tuple(weight[experts] for weight in self.packed())
         scales = (self.gate_up_scale[experts], self.down_scale[experts])
-        return ExpertsWithAdapters(weights, scales, *(adapter[experts] for adapter in self.adapters))
+        adapters = [adapter[experts] for adapter in self.adapters]
+        assert has_tiles_for(HIDDEN, WIDTHS[self.way]) == (self.way == "tiles")
+        if self.way == "products":
+            return ExpertsWithAdapters(weights, scales, *adapters)
+        return Int8Experts(weights, scales, (tuple(adapters[:2]), tuple(adapters[2:])) if adapted else ())
+
+
+def _run(path: Any, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    # What was in the output has no effect.
+    output = torch.full_like(hidden, torch.nan)
+    path(output, hidden, weights, ids)
+    return output
 
 
 def _scene() -> dict[str, Any]:
@@ -86,24 +104,45 @@ def _scene() -> dict[str, Any]:
     import vllm._custom_ops  # noqa: F401 - loads the CPU kernels
 
     seen: dict[str, Any] = {}
-    for name, deviation in (("plain", 0.0), ("adapted", 0.2)):
-        layer = _Layer(deviation)
-        for tokens in TOKENS:
-            hidden, weights, ids = layer.inputs(tokens)
-            reference = layer.reference(hidden, weights, ids)
-            output, fused = layer.path()(hidden, weights, ids), layer.fused(hidden, weights, ids)
-            seen[name, tokens] = {
-                "path": _relative(output, reference),
-                "fused": _relative(fused, reference),
-                "apart": _relative(output, fused.float()),
-            }
-        halves = sum(
-            layer.path(slice(start, start + 4))(hidden, weights, torch.where(ids // 4 == start // 4, ids - start, -1))
-            for start in (0, 4)
-        )
-        seen[name, "split"] = bool(torch.equal(halves, output))
-        seen[name, "row alone"] = bool(torch.allclose(layer.path()(hidden[:1], weights[:1], ids[:1]), output[:1]))
-        seen[name, "nothing here"] = float(layer.path()(hidden, weights, torch.full_like(ids, -1)).abs().max())
+    for way in WAYS:
+        for name, deviation in (("plain", 0.0), ("adapted", 0.1)):
+            seen[way, name] = _seen_of(_Layer(way, deviation))
+    return seen
+
+
+def _seen_of(layer: _Layer) -> dict[Any, Any]:
+    seen: dict[Any, Any] = {}
+    path = layer.path()
+    for tokens in TOKENS:
+        inputs = layer.inputs(tokens)
+        reference, output, fused = layer.reference(*inputs), _run(path, *inputs), layer.fused(*inputs)
+        seen[tokens] = {
+            "path": _relative(output, reference),
+            "fused": _relative(fused, reference),
+            "apart": _relative(output, fused.float()),
+        }
+    hidden, weights, ids = inputs
+    halves = sum(
+        _run(layer.path(half), hidden, weights, torch.where(ids // 4 == half.start // 4, ids - half.start, -1)).float()
+        for half in (slice(0, 4), slice(4, 8))
+    )
+    seen["split"] = bool(torch.equal(halves.bfloat16(), output))
+    rows = [(slice(0, 1), slice(0, 1)), (slice(7, 10), slice(7, 10))]
+    seen["row alone"] = all(
+        bool(torch.equal(_run(path, hidden[some], weights[some], ids[some]), output[there])) for some, there in rows
+    )
+    seen["nothing here"] = float(_run(path, hidden, weights, torch.full_like(ids, -1)).abs().max())
+    seen["no token"] = tuple(_run(path, hidden[:0], weights[:0], ids[:0]).shape)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    seen["threads"] = bool(torch.equal(_run(path, hidden, weights, ids), output))
+    torch.set_num_threads(threads)
+    seen["without"] = bool(torch.equal(_run(layer.path(adapted=False), hidden, weights, ids), output))
+    for adapter in layer.adapters:
+        adapter.mul_(2)
+    path.pack_adapters()
+    inputs = layer.inputs(40)
+    seen["updated"] = _relative(_run(path, *inputs), layer.reference(*inputs))
     return seen
 
 
@@ -112,24 +151,40 @@ def seen() -> dict[str, Any]:
     return run_engines(_scene, 1)[0]
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_without_adapters_it_is_as_exact_as_the_fused_kernel(seen: dict[str, Any], tokens: int) -> None:
-    errors = seen["plain", tokens]
-    assert errors["path"] < 0.02
+def test_without_adapters_it_is_as_exact_as_the_fused_kernel(seen: dict[Any, Any], way: str, tokens: int) -> None:
+    errors = seen[way, "plain"][tokens]
     assert errors["path"] < 1.25 * errors["fused"]
     # Both round the activations of the same tokens to int8: they are closer to each other than to the truth.
     assert errors["apart"] < errors["fused"]
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_adapters_act_inside_the_experts(seen: dict[str, Any], tokens: int) -> None:
-    errors = seen["adapted", tokens]
+def test_adapters_act_inside_the_experts(seen: dict[Any, Any], way: str, tokens: int) -> None:
+    errors = seen[way, "adapted"][tokens]
     assert errors["path"] < 0.02
     assert errors["fused"] > 0.3
 
 
-def test_experts_of_two_ranks_sum_to_those_of_one(seen: dict[str, Any]) -> None:
-    for name in ("plain", "adapted"):
-        assert seen[name, "split"]
-        assert seen[name, "row alone"]
-        assert seen[name, "nothing here"] == 0
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters_may_change_in_place(seen: dict[Any, Any], way: str) -> None:
+    assert seen[way, "adapted"]["updated"] < 0.02
+
+
+@pytest.mark.parametrize("name", ["plain", "adapted"])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_token_gets_depends_on_it_alone(seen: dict[Any, Any], way: str, name: str) -> None:
+    found = seen[way, name]
+    assert found["split"], "two ranks with half of the experts each"
+    assert found["row alone"]
+    assert found["threads"]
+    assert found["nothing here"] == 0
+    assert found["no token"] == (0, HIDDEN)
+
+
+@pytest.mark.skipif("tiles" not in WAYS, reason="the processor has no AMX")
+def test_adapters_of_zero_are_as_none(seen: dict[Any, Any]) -> None:
+    assert seen["tiles", "plain"]["without"]
+    assert not seen["tiles", "adapted"]["without"]
