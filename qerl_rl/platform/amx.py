@@ -7,6 +7,7 @@ without which a thread's state stays larger. A tile is named by a number written
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ _BYTE, _WORD = ir.IntType(8), ir.IntType(32)
 _ADDRESS = _BYTE.as_pointer()
 
 
+@functools.cache
 def has_amx() -> bool:
-    """Whether this process may use them: the system gives the tiles' state to who asks for it."""
+    """Whether this process may use them: the system gives the tiles' state to a process that asks for it."""
     return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 

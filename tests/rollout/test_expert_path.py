@@ -133,6 +133,10 @@ def _seen_of(layer: _Layer) -> dict[Any, Any]:
     )
     seen["nothing here"] = float(_run(path, hidden, weights, torch.full_like(ids, -1)).abs().max())
     seen["no token"] = tuple(_run(path, hidden[:0], weights[:0], ids[:0]).shape)
+    broken = hidden.clone()
+    broken[3, 5] = torch.nan
+    rows_of_nan = _run(path, broken, weights, ids).isnan().any(1)
+    seen["rows of nan"] = rows_of_nan.nonzero().flatten().tolist()
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     seen["threads"] = bool(torch.equal(_run(path, hidden, weights, ids), output))
@@ -182,6 +186,12 @@ def test_what_a_token_gets_depends_on_it_alone(seen: dict[Any, Any], way: str, n
     assert found["threads"]
     assert found["nothing here"] == 0
     assert found["no token"] == (0, HIDDEN)
+
+
+@pytest.mark.skipif("tiles" not in WAYS, reason="the processor has no AMX")
+@pytest.mark.parametrize("name", ["plain", "adapted"])
+def test_what_is_not_a_number_stays_with_its_token(seen: dict[Any, Any], name: str) -> None:
+    assert seen["tiles", name]["rows of nan"] == [3]
 
 
 @pytest.mark.skipif("tiles" not in WAYS, reason="the processor has no AMX")
