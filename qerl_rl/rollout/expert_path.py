@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 
 from qerl_rl.rollout.ascend.experts import ADAPTED_SCHEME, adapt_experts
 from qerl_rl.rollout.ascend.rewrite import is_ascend, scheme_name
-from qerl_rl.rollout.int8_experts import TOKENS_PER_PASS, Int8Experts, has_tiles_for, local_experts
+from qerl_rl.rollout.int8_experts import TOKENS_PER_PASS, Int8Experts, has_tiles_for, in_place_of_apply
 
 
 class ExpertsWithAdapters:
@@ -138,21 +138,5 @@ def attach_expert_path(
         experts = Int8Experts(weights, scales, ((gate_up_a, gate_up_b), (down_a, down_b)))
     else:
         experts = ExpertsWithAdapters(weights, scales, gate_up_a, gate_up_b, down_a, down_b)
-
-    def apply(
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: Any,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        *unused: Any,
-        **unused_options: Any,
-    ) -> None:
-        experts(output, hidden_states, topk_weights, local_experts(topk_ids, expert_map))
-
-    kernel.apply = apply
+    kernel.apply = in_place_of_apply(experts)
     return experts.pack_adapters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Int8Experts:
     ) -> None:
         if not has_amx():
             raise RuntimeError("these experts are computed on AMX tiles, and this processor has none")
-        self.weights, self._scales, self._adapters = weights, scales, adapters
+        self._weights, self._scales, self._adapters = weights, scales, adapters
         nothing = torch.empty(0, 0, 0, 16, 16, 2, dtype=torch.bfloat16)
         self._tiles = [(nothing, nothing)] * 2
         self._matrices: tuple[Matrices, ...] = ()
@@ -63,9 +64,9 @@ class Int8Experts:
         Args: hidden_states bfloat16 [tokens, hidden]; topk_weights float32 [tokens, k]; local_ids int [tokens, k], the
         number of the expert on this rank or -1 for one that is elsewhere.
         """
-        places = [tensor.data_ptr() for tensor in (*self.weights, *self._scales)]
+        places = [tensor.data_ptr() for tensor in (*self._weights, *self._scales)]
         if places != self._places:
-            every = zip(self.weights, self._scales, self._tiles, strict=True)
+            every = zip(self._weights, self._scales, self._tiles, strict=True)
             self._matrices, self._places = tuple(_matrices(*one) for one in every), places
         inputs = (output, hidden_states, topk_weights, local_ids)
         if len(output) <= TOKENS_PER_PASS:
@@ -131,42 +132,39 @@ def _padded(matrix: torch.Tensor, dimension: int) -> torch.Tensor:
     return torch.cat([matrix, matrix.new_zeros(shape)], dimension)
 
 
-def local_experts(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
-    """The numbers on this rank of the experts that tokens chose, -1 for those elsewhere."""
-    return topk_ids if expert_map is None else expert_map[topk_ids.long()]
+def in_place_of_apply(experts: Callable[..., None]) -> Callable[..., None]:
+    """What vLLM may call as a kernel's `apply`, which it does by keywords: experts(output, hidden_states, weights, ids)
+    with their numbers on this rank, -1 for those elsewhere."""
+
+    def apply(
+        *,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        expert_map: torch.Tensor | None,
+        **unused: Any,
+    ) -> None:
+        local_ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
+        experts(output, hidden_states, topk_weights, local_ids)
+
+    return apply
 
 
 def experts_on_tiles() -> None:
     """Compute int8 experts on AMX tiles, where there are some.
 
-    Without it a prefill of experts takes half as long again: vLLM's kernel waits for weights.
+    Without it a prefill's experts take half as long again: vLLM's kernel waits for weights.
     """
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8
 
-    original = existing(CPUExpertsInt8, "apply")
+    original = existing(CPUExpertsInt8, "process_weights_after_loading")
 
     @functools.wraps(original)
-    def apply(
-        self: Any,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: Any,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        *rest: Any,
-        **options: Any,
-    ) -> None:
-        if not has_tiles_for(w2.shape[1], w2.shape[2] - 4):
-            inputs = (output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map)
-            original(self, *inputs, *rest, **options)
-            return
-        experts = getattr(self, "experts_on_tiles", None)
-        if experts is None or experts.weights[0] is not w1:
-            experts = self.experts_on_tiles = Int8Experts((w1, w2), (self.w1_scale, self.w2_scale))
-        experts(output, hidden_states, topk_weights, local_experts(topk_ids, expert_map))
+    def process_weights_after_loading(self: Any, layer: torch.nn.Module) -> None:
+        original(self, layer)
+        weights, scales = (layer.w13_weight, layer.w2_weight), (layer.w13_weight_scale, layer.w2_weight_scale)
+        if has_tiles_for(weights[1].shape[1], weights[1].shape[2] - 4):
+            self.apply = in_place_of_apply(Int8Experts(weights, scales))
 
-    CPUExpertsInt8.apply = apply
+    CPUExpertsInt8.process_weights_after_loading = process_weights_after_loading
