@@ -2,7 +2,7 @@
 
 numba has no bfloat16: arrays are its bits (uint16). A loop has few arrays and indices that begin at 0, without which
 LLVM does not vectorize it; it holds no lock of Python's, so that threads run side by side. numba compiles a loop again
-when its own file has changed: after a change here, delete `__pycache__` of this folder.
+when its own file has changed: after a change here or in `amx.py`, delete `__pycache__` beside the loops.
 """
 
 from __future__ import annotations

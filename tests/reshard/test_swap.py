@@ -8,16 +8,9 @@ import pytest
 
 from tests.ranks import run_engines, run_ranks
 
-PROMPTS = [
-    [5, 9, 11, 7, 12, 6],
-    [8, 6, 13],
-    [10, 5, 5, 9],
-    [14, 7],
-    [6, 12, 9, 9, 11],
-    [13, 13, 5],
-    [7, 8],
-    [9, 10, 14, 5],
-]
+_random = np.random.default_rng(5)
+PROMPTS = [_random.integers(8, 60, length).tolist() for length in _random.integers(3, 12, 64)]
+"""So many that the mean over their 2,048 tokens does not hang on the few whose experts change."""
 RESPONSE_TOKENS = 32
 UPDATES = 10
 
@@ -193,9 +186,7 @@ def test_the_engine_follows_the_trainer_through_ten_updates(tmp_path, tiny_w8a8,
 
     old, new = ranks[0]["tokens"]
     assert any(not np.array_equal(a, b) for a, b in zip(old, new, strict=True)), "ten updates changed no answer"
-    # Of these 256 tokens the mean hangs on the few whose experts change between two roundings. (Of 2,048 it falls from
-    # 0.05 to 0.03, with each of the engine's kernels.)
-    assert np.median(gaps["after"]) <= np.median(gaps["before"])
+    assert gaps["after"].mean() <= gaps["before"].mean()
     # A trainer that knows the noise is about as close to what sampled as without any.
     assert gaps["noisy"].mean() < gaps["noise unknown"].mean() / 2
 
@@ -220,7 +211,7 @@ def test_the_engine_follows_the_trainer_through_ten_updates(tmp_path, tiny_w8a8,
 
     fresh_tokens, fresh_log_probs = run_engines(fresh_engine, 2, model, tmp_path, rollout)[0]
     # An early end of sequence would quietly shrink what is compared.
-    assert [len(response) for response in new] == [RESPONSE_TOKENS] * 8
+    assert [len(response) for response in new] == [RESPONSE_TOKENS] * len(PROMPTS)
     for after, fresh in zip(new, fresh_tokens, strict=True):
         np.testing.assert_array_equal(after, fresh)
     for after, fresh in zip(ranks[0]["log_probs"], fresh_log_probs, strict=True):

@@ -132,8 +132,7 @@ def test_tensor_parallel_ranks_agree_with_each_other_and_with_one_rank(
     assert log_prob_gaps(first["noise"], alone["noise"]).mean() < 0.1
     merged = hf_model(folder, random_adapters(folder, seed=1))
     errors = [np.abs(hf_log_probs(merged, seen["greedy"]) - log_probs_of(seen["greedy"])) for seen in (first, alone)]
-    # The mean hangs on the few tokens whose experts change; over a thousand tokens it is 0.06 for both.
-    assert np.median(errors[0]) < 1.5 * np.median(errors[1])
+    assert errors[0].mean() < 1.5 * errors[1].mean()
     assert first["held"]["weights"] < 0.75 * alone["held"]["weights"]
     assert first["held"]["adapters"] < 0.8 * alone["held"]["adapters"]
     np.testing.assert_equal(first["routed"], second["routed"])
