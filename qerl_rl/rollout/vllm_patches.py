@@ -223,6 +223,26 @@ def int8_products_keep_their_scales() -> None:
     _custom_ops.create_onednn_scaled_mm = create_onednn_scaled_mm
 
 
+def latent_attention_without_amx() -> None:
+    """Leave the up projection of latent attention an empty weight once oneDNN has the int8 one.
+
+    Without it a W8A8 DeepSeek does not start on CPUs without AMX: the attention asks the layer for its answers to unit
+    vectors, and asks the weight, which is None, for its device.
+    """
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
+
+    original = existing(CPUInt8ScaledMMLinearKernel, "process_weights_for_onednn")
+
+    @functools.wraps(original)
+    def process_weights_for_onednn(self: Any, layer: Any) -> None:
+        original(self, layer)
+        # vLLM's own mark of this layer.
+        if getattr(layer, "_cpu_skip_gemm_dispatch", False):
+            layer.weight = torch.nn.Parameter(torch.empty(0, dtype=layer.params_dtype), requires_grad=False)
+
+    CPUInt8ScaledMMLinearKernel.process_weights_for_onednn = process_weights_for_onednn
+
+
 def cpu_communicator_gathers_unequal_parts() -> None:
     """Give the CPU communicator all_gatherv and reduce_scatterv, for any group that has more than one rank.
 
@@ -333,6 +353,7 @@ PATCHES: dict[str, tuple[Callable[[], None], ...]] = {
         quantized_experts_of_any_routing,
         int4_experts_of_any_group_size,
         int8_products_keep_their_scales,
+        latent_attention_without_amx,
         cpu_communicator_gathers_unequal_parts,
         numa_policy_left_alone,
         norms_in_one_pass,

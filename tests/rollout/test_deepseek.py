@@ -109,6 +109,11 @@ def test_adapters_under_tensor_and_expert_parallel_equal_the_merged_model(tiny_w
     test_families._check(folder, *run_engines(_tensor_parallel, 2, folder)[0])
 
 
+def test_a_cpu_without_amx_runs_the_same_model(tiny_w8a8: Callable[..., Path]) -> None:
+    folder = tiny_w8a8("deepseek_v3", "bfloat16", **SIZES)
+    test_families._check(folder, *run_engines(test_families._scene_without_amx, 1, folder)[0])
+
+
 def test_latents_of_another_width_are_refused_before_an_engine_is_built(tiny_checkpoint: Callable[..., Path]) -> None:
     check_latent_width(tiny_checkpoint("deepseek_v3", "bfloat16", **SIZES))
     check_latent_width(tiny_checkpoint("qwen3_moe"))
