@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qerl_rl.platform.integer_loops import has_loops, largest_magnitudes
 from qerl_rl.quant.blocks import in_blocks
 
 Parts = Mapping[str, torch.Tensor]
@@ -91,13 +92,17 @@ class Format(ABC):
 
         def encode_some(some: slice) -> None:
             weights = rows[some].unflatten(-1, (steps.shape[-2], -1))
-            # A float32 copy is ours to overwrite.
-            exact = weights.dtype == torch.float32
-            scaled = weights / steps[some] if exact else weights.float().div_(steps[some])
-            flat[some] = self._rounded(scaled).view(flat[some].shape)
+            flat[some] = self._rounded_quotients(weights, steps[some]).view(flat[some].shape)
 
         in_blocks(encode_some, len(rows), width)
         return {first.suffix: out, **scales}
+
+    def _rounded_quotients(self, weights: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """`_rounded` of weights [rows, groups, K] divided by their steps [rows, groups, 1] float32."""
+        if weights.dtype == torch.float32:
+            return self._rounded(weights / steps)
+        # This copy is ours to overwrite.
+        return self._rounded(weights.float().div_(steps))
 
     @abstractmethod
     def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
@@ -227,7 +232,8 @@ def largest_of_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     largest = torch.empty(len(groups), device=weight.device)
 
     def reduce_some(some: slice) -> None:
-        torch.amax(groups[some].float().abs(), -1, out=largest[some])
+        weights = groups[some]
+        largest[some] = largest_magnitudes(weights) if has_loops(weights) else weights.float().abs().amax(-1)
 
     in_blocks(reduce_some, *groups.shape)
     return largest.view(*weight.shape[:-1], -1)

@@ -10,6 +10,7 @@ import torch
 
 from qerl_rl.platform import bfloat16_loops
 from qerl_rl.quant.base import Format, Part, Parts, library_scales
+from qerl_rl.quant.integers import IntegerFormat
 from qerl_rl.quant.nibbles import look_up, pack_nibbles, table_of_pairs
 
 _TABLES = {
@@ -18,8 +19,8 @@ _TABLES = {
 """What nibbles stand for, by the dtype of the scales."""
 
 
-class _Int4(Format):
-    grid = torch.arange(-8.0, 8.0)
+class _Int4(IntegerFormat):
+    grid, ends = torch.arange(-8.0, 8.0), (-8, 7)
 
     def __init__(self, group_size: int, scale_dtype: torch.dtype | None = None) -> None:
         self.group_size = group_size
@@ -38,9 +39,6 @@ class _Int4(Format):
     def steps(self, parts: Parts) -> torch.Tensor:
         return parts["_scale"].float()
 
-    def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
-        return scaled.clamp_(-8, 7).round_()
-
     def _multiplied(self, values: torch.Tensor, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         """Values [..., N, K] in the scale's dtype, which are overwritten, times their scales."""
         scale = parts["_scale"][..., None]
@@ -56,8 +54,8 @@ class W4A16(_Int4):
         super().__init__(group_size, scale_dtype)
         self.parts = (Part("_packed", torch.int32, 8), self._scale_part)
 
-    def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
-        return pack_nibbles(super()._rounded(scaled).add_(8.0).to(torch.uint8)).view(torch.int32)
+    def _packed(self, integers: torch.Tensor) -> torch.Tensor:
+        return pack_nibbles(integers.to(torch.int8).add_(8)).view(torch.int32)
 
     def dequantize(self, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         packed, scale = parts["_packed"].contiguous().view(torch.uint8), parts["_scale"]

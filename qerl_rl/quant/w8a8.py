@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import torch
 
-from qerl_rl.quant.base import Format, Part, Parts, library_scales
+from qerl_rl.quant.base import Part, Parts, library_scales
+from qerl_rl.quant.integers import IntegerFormat
 
 
-class W8A8(Format):
+class W8A8(IntegerFormat):
     """A weight is about int8 * scale with scale = max |row| / 127.5 (a row of zeros gets the float32 epsilon)."""
 
     name, preset, group_size = "w8a8", "W8A8", 0
     parts = (Part("", torch.int8, 1), Part("_scale", torch.float32, 0))
-    grid = torch.arange(-128.0, 128.0)
+    grid, ends = torch.arange(-128.0, 128.0), (-128, 127)
 
     def scales_of_groups(self, of_groups: torch.Tensor, largest: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         return {"_scale": library_scales(of_groups, self.scheme().weights)}
-
-    def _rounded(self, scaled: torch.Tensor) -> torch.Tensor:
-        return scaled.clamp_(-128, 127).round_()
 
     def steps(self, parts: Parts) -> torch.Tensor:
         return parts["_scale"]
