@@ -1,8 +1,8 @@
 """LoRA adapters beside the engine's frozen int8 layers: this rank's slices of them, updated in place.
 
 The tensors are float32: small float32 products take a tenth of the time of bfloat16 ones on CPU, and an update never
-falls below a rounding step. They are never replaced, so that captured graphs see every update. (Experts on AMX tiles
-compute with a copy rounded to bfloat16, made anew after each update.)
+falls below a rounding step. They are never replaced, so that captured graphs see every update. (Experts on a CPU
+compute with copies in another order, made anew after each update, on AMX tiles rounded to bfloat16.)
 """
 
 from __future__ import annotations

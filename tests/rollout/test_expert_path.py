@@ -225,10 +225,10 @@ def test_what_a_token_gets_depends_on_it_alone(seen: dict[Any, Any], way: str, n
     assert found["no token"] == (0, HIDDEN)
 
 
-@pytest.mark.skipif("tiles" not in WAYS, reason="the processor has no AMX")
 @pytest.mark.parametrize("name", ["plain", "adapted"])
-def test_what_is_not_a_number_stays_with_its_token(seen: dict[Any, Any], name: str) -> None:
-    assert seen["tiles", name]["rows of nan"] == [3]
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_not_a_number_stays_with_its_token(seen: dict[Any, Any], way: str, name: str) -> None:
+    assert seen[way, name]["rows of nan"] == [3]
 
 
 @pytest.mark.skipif("tiles" not in WAYS, reason="the processor has no AMX")
