@@ -62,20 +62,19 @@ class NormNoise:
 
 
 class _NoiseFreeRouter:
-    """A router's quant method that takes the noise out of its input: its weight's columns are multiplied by `factors`.
-
-    In float32, which on a CPU is also the faster product for the few columns that a router has.
-    """
+    """A router's quant method that takes the noise out of its input: its weight's columns are multiplied by `factors`,
+    in float32."""
 
     def __init__(self, router: Any, factors: torch.Tensor) -> None:
         self.base = router.quant_method
-        self._weight = _transposed_weight(router).mul_(factors[:, None])
+        # Rows of experts, contiguous: with the transposed matrix a CPU's product takes up to twice as long.
+        self._weight = torch.mul(_transposed_weight(router).t(), factors).contiguous()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        logits = torch.mm(x.float(), self._weight)
+        logits = torch.nn.functional.linear(x.float(), self._weight)
         return (logits if bias is None else logits + bias).to(x.dtype)
 
 
