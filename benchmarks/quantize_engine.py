@@ -103,7 +103,10 @@ def speed(batch: int) -> float:
 
 
 def watch_what_noise_touches() -> None:
-    """Count the seconds of norms and routers, which are all that noise changes in a rollout."""
+    """Count the seconds of norms and routers, which are all that noise changes in a rollout.
+
+    Raises: RuntimeError when a layer of the model has not its two norms and its router.
+    """
     from qerl_rl.rollout.norm_noise import NOISY, ROUTERS
     from tests.rollout.scenes import model_of
 
@@ -116,10 +119,12 @@ def watch_what_noise_touches() -> None:
         global _touched
         _touched += time.perf_counter() - began.pop()
 
-    watched = [
-        module for path, module in model_of(_engine).named_modules() if NOISY.search(path) or path.endswith(ROUTERS)
-    ]
-    for module in watched:
+    modules = dict(model_of(_engine).named_modules())
+    norms = [module for path, module in modules.items() if NOISY.search(path)]
+    routers = [module for path, module in modules.items() if path.endswith(ROUTERS)]
+    if not norms or len(norms) != 2 * len(routers):
+        raise RuntimeError(f"found {len(norms)} norms and {len(routers)} routers: the engine's names are others")
+    for module in norms + routers:
         module.register_forward_pre_hook(begin)
         module.register_forward_hook(end)
 

@@ -18,8 +18,8 @@ def has_loops(tensor: torch.Tensor) -> bool:
 
 def largest_magnitudes(weights: torch.Tensor) -> torch.Tensor:
     """float32 [groups]: the largest |number| of each row of [groups, K]."""
-    out, bits = torch.empty(len(weights)), uint16 if weights.dtype == torch.bfloat16 else uint32
-    loop = _largest_bfloat16 if weights.dtype == torch.bfloat16 else _largest_float32
+    out = torch.empty(len(weights))
+    loop, bits = (_largest_bfloat16, uint16) if weights.dtype == torch.bfloat16 else (_largest_float32, uint32)
     loop(array(weights, bits), array(out, uint32))
     return out
 

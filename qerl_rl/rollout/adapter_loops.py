@@ -14,6 +14,7 @@ from qerl_rl.platform.loops import compiled, exponential, rounded, to_float
 from qerl_rl.rollout.int8_loops import group_slots
 
 TOGETHER = 4
+"""Rows, and numbers of an adapter's rank, that are computed with at once."""
 
 
 @compiled()

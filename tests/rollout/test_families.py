@@ -58,14 +58,12 @@ def _check(folder: Path, clean: Plain, merged: Plain, adapted: Plain) -> None:
     Merged ones cost the rounding of the weights too, which HF's merged weights have not seen.
     """
     base, oracle = hf_model(folder), hf_model(folder, random_adapters(folder, seed=1))
-    gaps = [
-        np.abs(hf_log_probs(model, outputs) - log_probs_of(outputs))
+    base_error, error, merged_error, effect = (
+        np.abs(hf_log_probs(model, outputs) - log_probs_of(outputs)).mean()
         for model, outputs in ((base, clean), (oracle, adapted), (oracle, merged), (base, adapted))
-    ]
-    base_error, error, merged_error, effect = (gap.mean() for gap in gaps)
-    # phimoe's mean is 0.15 over thousands of tokens, with vLLM's own kernel as with ours: it hangs on those whose
-    # experts change.
-    assert np.median(gaps[0]) < 0.15
+    )
+    # phimoe's is 0.15 over thousands of tokens, with vLLM's own kernel as with ours: its gates jump with the router.
+    assert base_error < 0.2
     assert error < max(1.5 * base_error, 0.1)
     assert merged_error < max(2.5 * base_error, 0.2)
     assert effect > 5 * max(error, merged_error)
